@@ -1,0 +1,36 @@
+// The words that a call is described with. Plain data, the same for every instruction set and both sides of a wire.
+#pragma once
+#include <cstdint>
+
+namespace dpcomm {
+
+constexpr int kGroup = 256;     // elements that share a scale; chunks are cut between groups
+constexpr int kMaxRanks = 64;   // of one communicator whose ranks share memory
+constexpr uint32_t kLayout = 1; // version of everything below csrc/core that two ranks must agree on
+
+enum class Op : uint8_t { sum, mean, min, max };
+enum class Dtype : uint8_t { float32, float64, float16, bfloat16, int32, int64 };
+enum class CodecKind : uint8_t { none, fp16 };
+enum class Algorithm : uint8_t { automatic, direct, oneshot };
+
+constexpr int64_t element_bytes(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float16: case Dtype::bfloat16: return 2;
+    case Dtype::float32: case Dtype::int32: return 4;
+    case Dtype::float64: case Dtype::int64: return 8;
+  }
+  return 0;
+}
+
+// Bytes that a group takes in a message: its codes, and for fp16 one int8 exponent.
+constexpr int64_t group_bytes(Dtype dtype, CodecKind codec) {
+  return codec == CodecKind::fp16 ? kGroup * 2 + 1 : kGroup * element_bytes(dtype);
+}
+
+// What "auto" stands for: a fixed table of data that are equal on all ranks. Both classes give the same bits.
+// oneshot reads (N-1) whole buckets and needs one hand-over instead of two: it pays while latency is everything.
+constexpr Algorithm choose_algorithm(int64_t groups, Dtype dtype, CodecKind codec, int nranks) {
+  return groups * group_bytes(dtype, codec) * nranks <= 64 * 1024 ? Algorithm::oneshot : Algorithm::direct;
+}
+
+}  // namespace dpcomm

@@ -1,0 +1,59 @@
+// A rank played by one thread: its single lane holds whole groups where they matter, and its registers are the processor's vectors.
+#pragma once
+#include "../core/direct.h"
+#include "../core/oneshot.h"
+#include "kernels.h"
+
+namespace dpcomm {
+inline namespace DPCOMM_ISA {
+
+struct HostLanes {
+  template <class Codec>
+  static constexpr int vectors = Codec::scaled ? kGroup / kVec : 8;
+  const KernelCall& call;
+
+  int index() const { return 0; }
+  int count() const { return 1; }
+  bool sync(bool ok) const { return ok; }
+  int32_t group_max(int32_t m) const { return m; }
+
+  bool wait(Flag* flag, uint32_t value, int peer) const {
+    if (load_acquire(call.waiting.failure) != 0) return false;  // once a slice: somebody gave up
+    if (reached(load_acquire(&flag->value), value)) return true;
+    phase(Phase::wait);
+    for (int i = 0; i < call.waiting.spins; ++i) {
+      pause();
+      if (reached(load_acquire(&flag->value), value)) return true;
+    }
+    return wait_long(flag, value, peer, call.waiting);
+  }
+  void post(Flag* flag, uint32_t value) const {
+#if defined(__SSE2__)
+    if (call.store == Store::streaming) _mm_sfence();  // streaming stores are not ordered by the flag's
+#endif
+    post_and_wake(flag, value);
+  }
+
+  template <class T>
+  DPCOMM_HD void push(T* to, const Vec<T>& v) const {
+#if defined(__SSE2__)
+    if (call.store == Store::streaming) return stream(to, v);
+#endif
+    store(to, v);
+  }
+
+  void phase(Phase p) const { call.tally.enter(p); }
+  void nonfinite_group() const { ++call.tally.nonfinite_groups; }
+
+ private:
+  static void pause() {
+#if defined(__SSE2__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+};
+
+}  // namespace DPCOMM_ISA
+}  // namespace dpcomm

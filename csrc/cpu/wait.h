@@ -1,0 +1,35 @@
+// Waiting for a flag and waking who waits: spin, yield, then sleep in the kernel. Compiled once, used by every
+// instruction set: nothing inline in here.
+#pragma once
+#include <cstdint>
+
+#include "../core/mailbox.h"
+
+namespace dpcomm {
+
+int64_t now_ns();  // monotonic
+
+// What else can end a wait. Asked every few yields and after every nap, so never more than 100 ms apart.
+class Patience {
+ public:
+  virtual bool give_up(int peer) = 0;                                      // records the cause
+  virtual void timed_out(const Flag* flag, uint32_t value, int peer) = 0;  // records the cause
+ protected:
+  ~Patience() = default;
+};
+
+struct Waiting {
+  int spins;           // polls with a pause between: nothing else wants this processor
+  int yields;          // then polls with sched_yield between; then naps
+  int64_t timeout_ns;  // of one wait: a peer that makes progress is alive
+  const uint64_t* failure;
+  Patience* patience;
+};
+
+// After the spins. True once the flag has reached the value; false when it never will: the failure word is set then.
+bool wait_long(Flag* flag, uint32_t value, int peer, const Waiting& how);
+
+// Publishes the value and wakes the reader if it sleeps.
+void post_and_wake(Flag* flag, uint32_t value);
+
+}  // namespace dpcomm

@@ -1,0 +1,156 @@
+#include "watchdog.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <cerrno>
+#include <system_error>
+
+#include "../error.h"
+
+namespace dpcomm {
+namespace {
+
+constexpr uint64_t kWakeId = 0;  // in epoll's data; watches count from 1
+
+// True when the other end has closed. Reads a little of what came, and drops it: descriptors sent along too.
+bool hung_up(int fd, uint32_t events) {
+  if (events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR)) return true;
+  char dropped[4096];
+  const ssize_t n = ::recv(fd, dropped, sizeof dropped, MSG_DONTWAIT);
+  return n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
+}
+
+// Signals belong to the program's own threads: a new thread inherits the mask of the one that starts it.
+struct SignalsBlocked {
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+  sigset_t before;
+};
+
+void add(int epoll, int fd, uint64_t id) {
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLRDHUP;
+  event.data.u64 = id;
+  if (::epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != 0) throw resource_error("epoll_ctl(EPOLL_CTL_ADD)", errno);
+}
+
+}  // namespace
+
+// Never destroyed: the thread may still be there while the process exits.
+Watchdog& Watchdog::instance() {
+  static std::atomic<Watchdog*> current{nullptr};
+  Watchdog* seen = current.load(std::memory_order_acquire);  // pairs with (1)
+  while (seen == nullptr || seen->generation_ != fork_generation()) {
+    auto* const made = new Watchdog(seen);
+    if (current.compare_exchange_strong(seen, made, std::memory_order_acq_rel)) return *made;  // (1)
+    delete made;
+  }
+  return *seen;
+}
+
+uint64_t Watchdog::watch(int fd, std::function<void()> on_hangup) {
+  static std::atomic<uint64_t> last_id{kWakeId};  // goes on counting in a forked child: no id means two things there
+  std::lock_guard lock(mutex_);
+  if (!running_) start();
+  const uint64_t id = last_id.fetch_add(1, std::memory_order_relaxed) + 1;
+  try {
+    watches_.emplace(id, Watch{fd, std::move(on_hangup)});
+    add(epoll_.get(), fd, id);
+  } catch (...) {
+    watches_.erase(id);
+    wake();  // the thread ends if it has nothing to look at
+    throw;
+  }
+  changed_.notify_all();  // a forget() may wait for the thread's end, which is off now
+  return id;
+}
+
+void Watchdog::forget(uint64_t id) {
+  std::unique_lock lock(mutex_);
+  const auto at = watches_.find(id);
+  if (at != watches_.end()) {
+    if (at->second.fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
+    watches_.erase(at);
+  }
+  if (!running_ || std::this_thread::get_id() == thread_) return;
+  changed_.wait(lock, [&] { return calling_ != id; });
+  if (!watches_.empty()) return;
+  wake();
+  // Somebody else's callback may take long, or need what our caller holds: then the thread ends without us.
+  changed_.wait(lock, [&] { return !running_ || !watches_.empty() || calling_ != 0; });
+}
+
+void Watchdog::start() {
+  UniqueFd epoll = UniqueFd::opened_by([] { return ::epoll_create1(EPOLL_CLOEXEC); });
+  if (!epoll) throw resource_error("epoll_create1", errno);
+  UniqueFd wake = UniqueFd::opened_by([] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
+  if (!wake) throw resource_error("eventfd", errno);
+  add(epoll.get(), wake.get(), kWakeId);
+  try {
+    const SignalsBlocked inherited;
+    std::thread thread([this] { run(); });
+    thread_ = thread.get_id();
+    thread.detach();
+  } catch (const std::system_error& error) {
+    throw resource_error("starting the watchdog's thread", error.code().value());
+  }
+  epoll_ = std::move(epoll);
+  wake_ = std::move(wake);
+  running_ = true;
+}
+
+// epoll keeps no file open, unlike poll: a socket that is forgotten and closed is closed for its peer at once.
+void Watchdog::run() {
+  pthread_setname_np(pthread_self(), "dpcomm-watchdog");
+  std::unique_lock lock(mutex_);
+  while (!watches_.empty()) {
+    const int epoll = epoll_.get();
+    lock.unlock();
+    epoll_event events[16];
+    const int n = ::epoll_wait(epoll, events, 16, -1);  // ends with the last watch: forget() wakes it
+    lock.lock();
+    for (int i = 0; i < n; ++i) look(events[i].data.u64, events[i].events, lock);
+  }
+  epoll_.reset();
+  wake_.reset();
+  running_ = false;
+  changed_.notify_all();
+}
+
+void Watchdog::look(uint64_t id, uint32_t events, std::unique_lock<std::mutex>& lock) {
+  if (id == kWakeId) {
+    uint64_t count;
+    while (::read(wake_.get(), &count, sizeof count) < 0 && errno == EINTR) continue;
+    return;
+  }
+  const auto at = watches_.find(id);
+  if (at == watches_.end() || at->second.fd < 0) return;  // forgotten since epoll_wait returned
+  if (!hung_up(at->second.fd, events)) return;
+  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
+  at->second.fd = -1;
+  calling_ = id;
+  {
+    const std::function<void()> on_hangup = std::move(at->second.on_hangup);
+    lock.unlock();
+    on_hangup();
+  }  // what it has captured is gone before forget() returns
+  lock.lock();
+  calling_ = 0;
+  changed_.notify_all();
+}
+
+void Watchdog::wake() const {
+  const uint64_t one = 1;
+  while (::write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) continue;
+}
+
+}  // namespace dpcomm

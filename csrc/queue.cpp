@@ -1,0 +1,141 @@
+#include "queue.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+namespace dpcomm {
+
+using std::chrono::duration;
+using std::chrono::milliseconds;
+
+bool Job::wait(double timeout_s) {
+  std::unique_lock lock(mutex_);
+  if (timeout_s < 0) {
+    changed_.wait(lock, [&] { return done_.load(); });
+    return true;
+  }
+  return changed_.wait_for(lock, duration<double>(timeout_s), [&] { return done_.load(); });
+}
+
+void Job::finish(std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  error_ = error;
+  done_.store(true, std::memory_order_release);
+  changed_.notify_all();
+}
+
+Queue::Queue(std::unique_ptr<Engine> engine) : engine_(std::move(engine)) {}
+
+Queue::~Queue() {
+  if (in_forked_child()) {  // neither the worker nor the shared memory is here
+    static_cast<void>(worker_.release());
+    static_cast<void>(engine_.release());
+    return;
+  }
+  close(0);
+}
+
+bool Queue::in_forked_child() const { return engine_->in_forked_child(); }
+
+uint64_t Queue::take_ticket() {
+  if (closing_.load()) throw Error(Code::aborted, "[dpcomm:ABORTED] the communicator has been closed. Make a new one.");
+  return next_++;
+}
+
+// A call whose caller gave up still takes its turn: it then finds the communicator poisoned and ends at once.
+void Queue::wait_turn(uint64_t ticket, const Call* call) {
+  std::unique_lock lock(mutex_);
+  bool given_up = false;
+  while (serving_ != ticket) {
+    changed_.wait_for(lock, milliseconds(100), [&] { return serving_ == ticket; });
+    if (serving_ == ticket || !call || !call->interrupted || given_up) continue;
+    lock.unlock();  // the question takes Python's lock, whose holder may be waiting for ours
+    given_up = call->interrupted();
+    if (given_up) engine_->abort("interrupted while it waited for earlier calls");
+    lock.lock();
+  }
+}
+
+void Queue::next_turn() {
+  const std::lock_guard lock(mutex_);
+  ++serving_;
+  changed_.notify_all();
+}
+
+void Queue::run(const Call& call) {
+  if (in_forked_child()) return engine_->allreduce(call);  // throws ForkError
+  uint64_t ticket;
+  bool mine;
+  {
+    const std::lock_guard lock(mutex_);
+    ticket = take_ticket();
+    mine = serving_ == ticket;
+  }
+  if (!mine) wait_turn(ticket, &call);
+  struct Turn {
+    Queue& queue;
+    ~Turn() { queue.next_turn(); }
+  } turn{*this};
+  engine_->allreduce(call);
+}
+
+std::shared_ptr<Job> Queue::submit(Call call) {
+  auto job = std::make_shared<Job>(std::move(call));
+  if (in_forked_child()) engine_->allreduce(job->call);  // throws ForkError
+  const std::lock_guard lock(mutex_);
+  jobs_.emplace_back(take_ticket(), job);
+  if (!worker_) worker_ = std::make_unique<std::thread>([this] { work(); });
+  changed_.notify_all();
+  return job;
+}
+
+void Queue::work() {
+  sigset_t all;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals belong to the program's own threads
+  pthread_setname_np(pthread_self(), "dpcomm-worker");
+  for (;;) {
+    std::pair<uint64_t, std::shared_ptr<Job>> next;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return stop_ || !jobs_.empty(); });
+      if (jobs_.empty()) return;
+      next = std::move(jobs_.front());
+      jobs_.pop_front();
+    }
+    wait_turn(next.first, nullptr);
+    std::exception_ptr error;
+    try {
+      engine_->allreduce(next.second->call);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    next_turn();
+    next.second->finish(error);
+  }
+}
+
+void Queue::close(double grace_s) {
+  if (in_forked_child()) return;
+  closing_ = true;
+  std::unique_ptr<std::thread> worker;
+  {
+    std::unique_lock lock(mutex_);
+    const auto idle = [&] { return serving_ == next_; };
+    if (!changed_.wait_for(lock, duration<double>(grace_s), idle)) {
+      lock.unlock();
+      engine_->abort("closed while operations were in flight");
+      lock.lock();
+      changed_.wait(lock, idle);  // bounded: an aborted call ends within 100 ms
+    }
+    stop_ = true;
+    worker = std::move(worker_);
+    changed_.notify_all();
+  }
+  if (worker) worker->join();
+  const std::lock_guard lock(mutex_);
+  if (!engine_closed_) engine_->close();
+  engine_closed_ = true;
+}
+
+}  // namespace dpcomm
