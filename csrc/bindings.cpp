@@ -14,27 +14,9 @@ using namespace dpcomm;
 
 namespace {
 
-const char* python_code(Code code) {
-  switch (code) {
-    case Code::argument: return "ARGUMENT";
-    case Code::unsupported: return "UNSUPPORTED";
-    case Code::mismatch: return "MISMATCH";
-    case Code::peer_lost: return "PEER_LOST";
-    case Code::timeout: return "TIMEOUT";
-    case Code::aborted: return "ABORTED";
-    case Code::resource: return "RESOURCE";
-    case Code::p2p: return "P2P";
-    case Code::version: return "VERSION";
-    case Code::fork: return "FORK";
-    case Code::internal: return "INTERNAL";
-    case Code::cuda: return "CUDA";
-  }
-  return "INTERNAL";
-}
-
 py::object python_error(const Error& e) {
   const py::tuple waiting = py::cast(e.waiting_for);
-  return py::module_::import("dpcomm.errors").attr("from_native")(python_code(e.code), e.what(), e.rank, waiting, e.errnum);
+  return py::module_::import("dpcomm.errors").attr("from_native")(name_of(e.code), e.what(), e.rank, waiting, e.errnum);
 }
 
 // Python's own exception (Ctrl-C), carried over C++ frames that know nothing of it.

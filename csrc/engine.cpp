@@ -4,36 +4,51 @@ namespace dpcomm {
 
 const char* name_of(Op op) {
   switch (op) {
-    case Op::sum: return "sum";
-    case Op::mean: return "mean";
-    case Op::min: return "min";
-    case Op::max: return "max";
+    case Op::sum:
+      return "sum";
+    case Op::mean:
+      return "mean";
+    case Op::min:
+      return "min";
+    case Op::max:
+      return "max";
   }
   return "?";
 }
 const char* name_of(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float32: return "float32";
-    case Dtype::float64: return "float64";
-    case Dtype::float16: return "float16";
-    case Dtype::bfloat16: return "bfloat16";
-    case Dtype::int32: return "int32";
-    case Dtype::int64: return "int64";
+    case Dtype::float32:
+      return "float32";
+    case Dtype::float64:
+      return "float64";
+    case Dtype::float16:
+      return "float16";
+    case Dtype::bfloat16:
+      return "bfloat16";
+    case Dtype::int32:
+      return "int32";
+    case Dtype::int64:
+      return "int64";
   }
   return "?";
 }
 const char* name_of(CodecKind codec) {
   switch (codec) {
-    case CodecKind::none: return "none";
-    case CodecKind::fp16: return "fp16";
+    case CodecKind::none:
+      return "none";
+    case CodecKind::fp16:
+      return "fp16";
   }
   return "?";
 }
 const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
-    case Algorithm::automatic: return "auto";
-    case Algorithm::direct: return "direct";
-    case Algorithm::oneshot: return "oneshot";
+    case Algorithm::automatic:
+      return "auto";
+    case Algorithm::direct:
+      return "direct";
+    case Algorithm::oneshot:
+      return "oneshot";
   }
   return "?";
 }

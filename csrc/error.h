@@ -8,7 +8,20 @@
 namespace dpcomm {
 
 // The names are those in "[dpcomm:CODE]" and, in camel case, of the Python classes.
-enum class Code { argument, unsupported, mismatch, peer_lost, timeout, aborted, resource, p2p, version, fork, internal, cuda };
+enum class Code {
+  argument,
+  unsupported,
+  mismatch,
+  peer_lost,
+  timeout,
+  aborted,
+  resource,
+  p2p,
+  version,
+  fork,
+  internal,
+  cuda
+};
 
 struct Error : std::runtime_error {
   Error(Code c, const std::string& what) : std::runtime_error(what), code(c) {}
@@ -18,6 +31,9 @@ struct Error : std::runtime_error {
   std::vector<int> waiting_for;  // TIMEOUT: which ranks did not answer
   int errnum = 0;                // RESOURCE: errno
 };
+
+// "PEER_LOST": the word in "[dpcomm:PEER_LOST]".
+const char* name_of(Code code);
 
 // "what: strerror(errnum)", for a system call that failed.
 Error resource_error(const std::string& what, int errnum);

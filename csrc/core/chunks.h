@@ -20,7 +20,8 @@ struct Chunks {
     return {groups, chunk, (chunk + slices - 1) / slices, slices};
   }
   DPCOMM_HD Range range(int64_t slice, int part) const {
-    const int64_t chunk_begin = least(groups, part * chunk_groups), chunk_end = least(groups, chunk_begin + chunk_groups);
+    const int64_t chunk_begin = least(groups, part * chunk_groups),
+                  chunk_end = least(groups, chunk_begin + chunk_groups);
     const int64_t begin = least(chunk_end, chunk_begin + slice * slice_groups);
     return {begin, least(chunk_end, begin + slice_groups) - begin};
   }

@@ -58,10 +58,12 @@ struct Fp16 {
     Vec<int32_t> top = splat<int32_t>(0);
 #pragma GCC unroll 64
     for (int i = 0; i < Lanes::template vectors<Fp16>; ++i)
-      top = map([keep](auto t, auto x) {
-        const auto m = keep(bits(x) & 0x7fffffff);
-        return m > t ? m : t;
-      }, top, values(i));
+      top = map(
+          [keep](auto t, auto x) {
+            const auto m = keep(bits(x) & 0x7fffffff);
+            return m > t ? m : t;
+          },
+          top, values(i));
     return max_element(top);
   }
 };

@@ -14,7 +14,9 @@ struct None {
   struct Scale {};
 
   template <class Lanes, class Values>
-  DPCOMM_HD static Scale scale(Lanes&, const Values&) { return {}; }
+  DPCOMM_HD static Scale scale(Lanes&, const Values&) {
+    return {};
+  }
   DPCOMM_HD static Vec<Code> encode(Scale, const Vec<Acc>& v) { return Element::narrow(v); }
   DPCOMM_HD static Vec<Acc> decode(Scale, const Vec<Code>& c) { return Element::widen(c); }
   DPCOMM_HD static int8_t to_wire(Scale) { return 0; }

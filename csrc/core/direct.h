@@ -40,7 +40,9 @@ struct Direct {
     post_peers(lanes, t, kGiven, number + 1);  // (1)
   }
 
-  DPCOMM_HD bool arrived(int64_t slice) { return wait_peers(lanes, t, kGiven, given + uint32_t(slice) + 1); }  // pairs with (1)
+  DPCOMM_HD bool arrived(int64_t slice) {
+    return wait_peers(lanes, t, kGiven, given + uint32_t(slice) + 1);
+  }  // pairs with (1)
 
   DPCOMM_HD void reduce(int64_t slice) {
     lanes.phase(Phase::reduce);
@@ -52,7 +54,8 @@ struct Direct {
       Total<Codec, Lanes> total;
       add_up<Codec>(lanes, t, op, memory, at, in, total);
       const auto scale = Codec::scale(lanes, total);
-      if (t.shared) push<Codec>(lanes, out, at, scale, total);
+      if (t.shared)
+        push<Codec>(lanes, out, at, scale, total);
       else
         for (int r = 0; r < t.nranks; ++r)
           if (r != t.rank) push<Codec>(lanes, message(kResult, t.rank, r, number, range), at, scale, total);

@@ -10,11 +10,11 @@
 namespace dpcomm {
 
 struct alignas(64) Header {
-  uint64_t sequence;   // calls of this communicator so far, this one included
-  int64_t numel;       // elements over all segments
-  uint64_t layout;     // hash of the segments' counts
-  int32_t tensors;     // segments
-  int32_t bucket;      // DDP's bucket index, -1 outside
+  uint64_t sequence;  // calls of this communicator so far, this one included
+  int64_t numel;      // elements over all segments
+  uint64_t layout;    // hash of the segments' counts
+  int32_t tensors;    // segments
+  int32_t bucket;     // DDP's bucket index, -1 outside
   uint8_t op, dtype, codec, algorithm;
 };
 static_assert(sizeof(Header) == 64);
@@ -37,7 +37,8 @@ struct Failure {
 inline namespace DPCOMM_ISA {
 
 DPCOMM_HD uint64_t pack(const Failure& f) {
-  return uint64_t(f.cause) | uint64_t(f.rank) << 8 | uint64_t(f.other) << 16 | uint64_t(f.field) << 24 | uint64_t(f.sequence) << 32;
+  return uint64_t(f.cause) | uint64_t(f.rank) << 8 | uint64_t(f.other) << 16 | uint64_t(f.field) << 24 |
+         uint64_t(f.sequence) << 32;
 }
 DPCOMM_HD Failure unpack(uint64_t word) {
   return {Cause(word & 0xff), uint8_t(word >> 8), uint8_t(word >> 16), Field(word >> 24 & 0xff), uint32_t(word >> 32)};

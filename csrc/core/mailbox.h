@@ -28,12 +28,12 @@ struct alignas(4096) Mailbox {
 // How one rank sees all of them.
 struct Team {
   int rank, nranks;
-  Mailbox* const* box;   // of every rank, at my addresses
-  uint64_t* failure;     // the first cause (header.h), one word for all ranks
-  int slots;             // a power of two (message % slots survives the wrap of 32 bits), at least 4: see direct.h
-  int64_t slot_bytes;    // a multiple of 128
-  int64_t slice_bytes;   // what one slot should carry: small enough that several are on their way
-  bool shared;           // all ranks see one memory: a kResult message is written once, into the writer's arena
+  Mailbox* const* box;  // of every rank, at my addresses
+  uint64_t* failure;    // the first cause (header.h), one word for all ranks
+  int slots;            // a power of two (message % slots survives the wrap of 32 bits), at least 4: see direct.h
+  int64_t slot_bytes;   // a multiple of 128
+  int64_t slice_bytes;  // what one slot should carry: small enough that several are on their way
+  bool shared;          // all ranks see one memory: a kResult message is written once, into the writer's arena
 };
 
 }  // namespace dpcomm

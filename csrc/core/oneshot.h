@@ -24,9 +24,9 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
     for (int r = 0; r < t.nranks; ++r)
       if (t.shared ? r == (t.rank == 0) : r != t.rank)  // in shared memory once, for all readers
         put<Codec>(lanes, bucket, range, Message<Codec>{slot(t, kResult, t.rank, r, number), range.groups});
-    post_peers(lanes, t, kResult, number + 1);                   // (3)
+    post_peers(lanes, t, kResult, number + 1);                     // (3)
     if (!wait_peers(lanes, t, kResult, number + 1)) return false;  // pairs with (3)
-    if (c == 0 && !agree(lanes, t, header)) return false;        // nothing has been written to user memory yet
+    if (c == 0 && !agree(lanes, t, header)) return false;          // nothing has been written to user memory yet
     lanes.phase(Phase::reduce);
     const auto in = [&](int r) { return Message<Codec>{slot(t, kResult, r, t.rank, number), range.groups}; };
     each_memory<Codec, true>(lanes, bucket, range, [&](const auto& memory, int64_t at) {

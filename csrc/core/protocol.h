@@ -1,4 +1,5 @@
-// Flags, slots and headers. A Lanes is whatever plays one rank: a CTA on the GPU, a thread (in tests: several) on a CPU.
+// Flags, slots and headers. A Lanes is whatever plays one rank: a CTA on the GPU, a thread (in tests: several) on a
+// CPU.
 //   vectors<Codec>                vectors of kVec elements that one lane moves at once; where the codec scales,
 //                                 kGroup / (vectors * kVec) lanes share a group
 //   index(), count()              which lane this is, and of how many

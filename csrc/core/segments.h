@@ -1,13 +1,13 @@
 // A bucket as a table of segments: the tensors of one call, reduced in place without a flat copy.
 // Each segment starts a new group, so what a group holds does not depend on its neighbours.
 #pragma once
-#include "types.h"
 #include "portable.h"
+#include "types.h"
 
 namespace dpcomm {
 
 struct Segment {
-  char* data;           // the tensor, aligned to its element
+  char* data;  // the tensor, aligned to its element
   int64_t elems;
   int64_t first_group;  // groups of the segments before it: where it lies on the wire
 };
@@ -40,7 +40,7 @@ DPCOMM_HD int64_t segment_of(const Bucket& bucket, int64_t g) {
 template <class T>
 struct Unit {
   T* x;
-  int count;    // less than `width` at the end of a segment, 0 behind it
+  int count;  // less than `width` at the end of a segment, 0 behind it
   int64_t at;
 };
 

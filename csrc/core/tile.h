@@ -1,5 +1,5 @@
-// What happens to one lane's elements: from user memory into a message, from messages into a sum, back into user memory.
-// No flags here; no thread, no CTA.
+// What happens to one lane's elements: from user memory into a message, from messages into a sum, back into user
+// memory. No flags here; no thread, no CTA.
 #pragma once
 #include "protocol.h"
 
@@ -57,15 +57,20 @@ struct Total {
     for (int i = 0; i < vectors; ++i) at[i] = f(i, at[i]);
   }
   template <class Values>
-  DPCOMM_HD void start(const Values& v) { each([&](int i, const auto&) { return v(i); }); }
+  DPCOMM_HD void start(const Values& v) {
+    each([&](int i, const auto&) { return v(i); });
+  }
   template <class Values>
   DPCOMM_HD void fold(Op op, const Values& v) {
     if constexpr (Codec::scaled) return each([&](int i, const auto& t) { return Element::plus(t, v(i)); });
     switch (op) {
       case Op::sum:
-      case Op::mean: return each([&](int i, const auto& t) { return Element::plus(t, v(i)); });
-      case Op::min: return each([&](int i, const auto& t) { return Element::least(t, v(i)); });
-      case Op::max: return each([&](int i, const auto& t) { return Element::most(t, v(i)); });
+      case Op::mean:
+        return each([&](int i, const auto& t) { return Element::plus(t, v(i)); });
+      case Op::min:
+        return each([&](int i, const auto& t) { return Element::least(t, v(i)); });
+      case Op::max:
+        return each([&](int i, const auto& t) { return Element::most(t, v(i)); });
     }
   }
   DPCOMM_HD void finish(Op op, int nranks) {
@@ -100,7 +105,8 @@ DPCOMM_HD void each_memory(Lanes& lanes, const Bucket& bucket, Range range, Body
 template <class Codec, class Lanes, class Values>
 DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, typename Codec::Scale scale, const Values& v) {
 #pragma GCC unroll 64
-  for (int i = 0; i < Lanes::template vectors<Codec>; ++i) lanes.push(m.codes(at) + i * kVec, Codec::encode(scale, v(i)));
+  for (int i = 0; i < Lanes::template vectors<Codec>; ++i)
+    lanes.push(m.codes(at) + i * kVec, Codec::encode(scale, v(i)));
   if (Codec::scaled && at % kGroup == 0) *m.exponent(at) = Codec::to_wire(scale);
 }
 
@@ -127,11 +133,15 @@ template <class Codec, class Lanes, class Memory, class Messages>
 DPCOMM_HD void add_up(Lanes& lanes, const Team& t, Op op, const Memory& memory, int64_t at, const Messages& in,
                       Total<Codec, Lanes>& total) {
   const Own<Codec, Memory> own{memory, Codec::scale(lanes, memory)};
-  if (t.rank == 0) total.start(own);
-  else total.start(Incoming<Codec>(in(0), at));
+  if (t.rank == 0)
+    total.start(own);
+  else
+    total.start(Incoming<Codec>(in(0), at));
   for (int r = 1; r < t.nranks; ++r) {
-    if (r == t.rank) total.fold(op, own);
-    else total.fold(op, Incoming<Codec>(in(r), at));
+    if (r == t.rank)
+      total.fold(op, own);
+    else
+      total.fold(op, Incoming<Codec>(in(r), at));
   }
   total.finish(op, t.nranks);
 }

@@ -4,9 +4,9 @@
 
 namespace dpcomm {
 
-constexpr int kGroup = 256;     // elements that share a scale; chunks are cut between groups
-constexpr int kMaxRanks = 64;   // of one communicator whose ranks share memory
-constexpr uint32_t kLayout = 1; // version of everything below csrc/core that two ranks must agree on
+constexpr int kGroup = 256;      // elements that share a scale; chunks are cut between groups
+constexpr int kMaxRanks = 64;    // of one communicator whose ranks share memory
+constexpr uint32_t kLayout = 1;  // version of everything below csrc/core that two ranks must agree on
 
 enum class Op : uint8_t { sum, mean, min, max };
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16, int32, int64 };
@@ -15,9 +15,15 @@ enum class Algorithm : uint8_t { automatic, direct, oneshot };
 
 constexpr int64_t element_bytes(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float16: case Dtype::bfloat16: return 2;
-    case Dtype::float32: case Dtype::int32: return 4;
-    case Dtype::float64: case Dtype::int64: return 8;
+    case Dtype::float16:
+    case Dtype::bfloat16:
+      return 2;
+    case Dtype::float32:
+    case Dtype::int32:
+      return 4;
+    case Dtype::float64:
+    case Dtype::int64:
+      return 8;
   }
   return 0;
 }

@@ -5,10 +5,16 @@
 
 namespace dpcomm {
 
-namespace portable { bool run(const KernelCall&); }
+namespace portable {
+bool run(const KernelCall&);
+}
 #if defined(__x86_64__)
-namespace avx2 { bool run(const KernelCall&); }
-namespace avx512 { bool run(const KernelCall&); }
+namespace avx2 {
+bool run(const KernelCall&);
+}
+namespace avx512 {
+bool run(const KernelCall&);
+}
 #endif
 
 void Tally::enter(Phase next) {
@@ -21,8 +27,10 @@ void Tally::enter(Phase next) {
 const Isa* isas(int* count) {
   static const Isa all[] = {
 #if defined(__x86_64__)
-      {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512dq"), avx512::run},
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq"),
+       avx512::run},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::run},
 #endif
       {"portable", true, portable::run}};
@@ -39,7 +47,8 @@ const Isa& isa(const char* name) {
     if (*name == '\0' || std::string(name) == all[i].name) return all[i];
     usable += usable.empty() ? all[i].name : std::string(", ") + all[i].name;
   }
-  throw Error(Code::argument, std::string("instruction set '") + name + "' is not usable on this processor. Choose one of: " + usable + ".");
+  throw Error(Code::argument, std::string("instruction set '") + name +
+                                  "' is not usable on this processor. Choose one of: " + usable + ".");
 }
 
 }  // namespace dpcomm

@@ -21,7 +21,11 @@ class DefaultFloatEnvironment {
   static void write(uint64_t value) { _mm_setcsr(static_cast<unsigned>(value)); }
 #elif defined(__aarch64__)
   static constexpr uint64_t kDefault = 0;  // FPCR
-  static uint64_t read() { uint64_t v; asm volatile("mrs %0, fpcr" : "=r"(v)); return v; }
+  static uint64_t read() {
+    uint64_t v;
+    asm volatile("mrs %0, fpcr" : "=r"(v));
+    return v;
+  }
   static void write(uint64_t v) { asm volatile("msr fpcr, %0" ::"r"(v)); }
 #else
 #error "say how this processor's rounding mode and flush-to-zero are set"

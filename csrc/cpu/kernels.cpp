@@ -26,12 +26,18 @@ static bool run_codec(const KernelCall& call) {
 bool run(const KernelCall& call) {
   if (CodecKind(call.header.codec) == CodecKind::fp16) return run_codec<Fp16>(call);
   switch (Dtype(call.header.dtype)) {
-    case Dtype::float32: return run_codec<None<Float32>>(call);
-    case Dtype::float64: return run_codec<None<Float64>>(call);
-    case Dtype::float16: return run_codec<None<Float16>>(call);
-    case Dtype::bfloat16: return run_codec<None<Bfloat16>>(call);
-    case Dtype::int32: return run_codec<None<Int32>>(call);
-    case Dtype::int64: return run_codec<None<Int64>>(call);
+    case Dtype::float32:
+      return run_codec<None<Float32>>(call);
+    case Dtype::float64:
+      return run_codec<None<Float64>>(call);
+    case Dtype::float16:
+      return run_codec<None<Float16>>(call);
+    case Dtype::bfloat16:
+      return run_codec<None<Bfloat16>>(call);
+    case Dtype::int32:
+      return run_codec<None<Int32>>(call);
+    case Dtype::int64:
+      return run_codec<None<Int64>>(call);
   }
   return false;
 }

@@ -32,7 +32,7 @@ struct Isa {
   bool usable;
   bool (*run)(const KernelCall&);  // false: failed, and the failure word says why
 };
-const Isa* isas(int* count);        // best first; the last is "portable"
-const Isa& isa(const char* name);   // by name, "" for the best usable; throws Error(argument)
+const Isa* isas(int* count);       // best first; the last is "portable"
+const Isa& isa(const char* name);  // by name, "" for the best usable; throws Error(argument)
 
 }  // namespace dpcomm

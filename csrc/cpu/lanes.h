@@ -1,4 +1,5 @@
-// A rank played by one thread: its single lane holds whole groups where they matter, and its registers are the processor's vectors.
+// A rank played by one thread: its single lane holds whole groups where they matter, and its registers are the
+// processor's vectors.
 #pragma once
 #include "../core/direct.h"
 #include "../core/oneshot.h"

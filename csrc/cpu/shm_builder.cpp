@@ -9,8 +9,11 @@
 namespace dpcomm {
 
 ShmBuilder::ShmBuilder(int rank, int nranks, int64_t arena_bytes, const std::string& simd)
-    : rank_(rank), isa_(isa(simd.c_str())), geometry_(geometry(nranks, arena_bytes)),
-      arena_(Arena::create(size_t(geometry_.arena_bytes))), rendezvous_(rank, nranks) {}
+    : rank_(rank),
+      isa_(isa(simd.c_str())),
+      geometry_(geometry(nranks, arena_bytes)),
+      arena_(Arena::create(size_t(geometry_.arena_bytes))),
+      rendezvous_(rank, nranks) {}
 
 void ShmBuilder::bind(const Secret& secret, double timeout_s) {
   std::vector<Link> links = rendezvous_.bind(secret, arena_.fd(), arena_.bytes(), timeout_s);
@@ -36,8 +39,8 @@ std::unique_ptr<ShmEngine> ShmBuilder::finish(double timeout_s, const std::strin
   return engine;
 }
 
-std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, int64_t arena_bytes, double timeout_s, const std::string& simd,
-                                                      const std::string& name) {
+std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, int64_t arena_bytes, double timeout_s,
+                                                      const std::string& simd, const std::string& name) {
   const Geometry g = geometry(nranks, arena_bytes);
   // One piece of memory, so that every engine maps every rank at the same address; the last engine unmaps it.
   auto memory = std::make_shared<std::vector<Arena>>();

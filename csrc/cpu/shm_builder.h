@@ -33,7 +33,7 @@ class ShmBuilder {
 };
 
 // Ranks that are threads of this process: memory without a name, no sockets.
-std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, int64_t arena_bytes, double timeout_s, const std::string& simd,
-                                                      const std::string& name);
+std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, int64_t arena_bytes, double timeout_s,
+                                                      const std::string& simd, const std::string& name);
 
 }  // namespace dpcomm

@@ -42,12 +42,17 @@ Geometry geometry(int nranks, int64_t arena_bytes) {
     const int64_t bytes = std::min(room, kMostSlotBytes);
     return {nranks, slots, bytes, std::min(bytes, kSliceBytes), (total(slots, bytes) + 4095) / 4096 * 4096};
   }
-  throw Error(Code::argument, "an arena of " + std::to_string(arena_bytes) + " bytes is too small for " + std::to_string(nranks) +
-                                  " ranks: at least " + std::to_string(total(4, kLeastSlotBytes)) + " are needed. Raise DPCOMM_ARENA_MB.");
+  throw Error(Code::argument, "an arena of " + std::to_string(arena_bytes) + " bytes is too small for " +
+                                  std::to_string(nranks) + " ranks: at least " +
+                                  std::to_string(total(4, kLeastSlotBytes)) + " are needed. Raise DPCOMM_ARENA_MB.");
 }
 
 ShmEngine::ShmEngine(int rank, const Geometry& g, std::vector<Peer> peers, const Isa& isa, int rejected)
-    : generation_(fork_generation()), made_in_pid_(getpid()), peers_(std::move(peers)), isa_(isa), rejected_connections_(rejected),
+    : generation_(fork_generation()),
+      made_in_pid_(getpid()),
+      peers_(std::move(peers)),
+      isa_(isa),
+      rejected_connections_(rejected),
       arena_bytes_(g.arena_bytes) {
   for (const Peer& p : peers_) box_.push_back(reinterpret_cast<Mailbox*>(p.arena.data() + sizeof(ControlPage)));
   join(rank, g);
@@ -55,8 +60,13 @@ ShmEngine::ShmEngine(int rank, const Geometry& g, std::vector<Peer> peers, const
 }
 
 ShmEngine::ShmEngine(int rank, const Geometry& g, std::shared_ptr<std::vector<Arena>> arenas, const Isa& isa)
-    : generation_(fork_generation()), made_in_pid_(getpid()), peers_(size_t(g.nranks)), arenas_(std::move(arenas)), isa_(isa),
-      rejected_connections_(0), arena_bytes_(g.arena_bytes) {
+    : generation_(fork_generation()),
+      made_in_pid_(getpid()),
+      peers_(size_t(g.nranks)),
+      arenas_(std::move(arenas)),
+      isa_(isa),
+      rejected_connections_(0),
+      arena_bytes_(g.arena_bytes) {
   for (const Arena& a : *arenas_) box_.push_back(reinterpret_cast<Mailbox*>(a.data() + sizeof(ControlPage)));
   for (Peer& p : peers_) p.pid = made_in_pid_;
   join(rank, g);
@@ -65,7 +75,8 @@ ShmEngine::ShmEngine(int rank, const Geometry& g, std::shared_ptr<std::vector<Ar
 void ShmEngine::join(int rank, const Geometry& g) {
   control_ = reinterpret_cast<ControlPage*>(reinterpret_cast<char*>(box_[0]) - sizeof(ControlPage));
   team_ = {rank, g.nranks, box_.data(), &control_->failure, g.slots, g.slot_bytes, g.slice_bytes, true};
-  spins_ = g.nranks <= processors() ? 200 : 0;  // with more ranks than processors a spinning one keeps its peer from running
+  spins_ =
+      g.nranks <= processors() ? 200 : 0;  // with more ranks than processors a spinning one keeps its peer from running
 }
 
 ShmEngine::~ShmEngine() { close(); }
@@ -74,7 +85,8 @@ void ShmEngine::watch_peers() {
   for (int r = 0; r < team_.nranks; ++r) {
     if (!peers_[r].socket) continue;
     watches_.push_back(Watchdog::instance().watch(peers_[r].socket.get(), [this, r] {
-      if (__atomic_load_n(&control_->closed[r], __ATOMIC_ACQUIRE) == 0) fail({Cause::peer_died, uint8_t(r), 0, Field::none, 0});
+      if (__atomic_load_n(&control_->closed[r], __ATOMIC_ACQUIRE) == 0)
+        fail({Cause::peer_died, uint8_t(r), 0, Field::none, 0});
     }));
   }
 }
@@ -86,11 +98,13 @@ void ShmEngine::fail(Failure failure) {
 
 void ShmEngine::allreduce(const Call& call) {
   if (in_forked_child())
-    throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) + ", used in pid " +
-                                std::to_string(getpid()) + ". Create it after the fork, or use the spawn start method.");
+    throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
+                                ", used in pid " + std::to_string(getpid()) +
+                                ". Create it after the fork, or use the spawn start method.");
   if (load_acquire(team_.failure) != 0) throw cause_error(&call);
   if (call.codec == CodecKind::fp16 && (call.dtype != Dtype::float32 || call.op > Op::mean))
-    throw Error(Code::unsupported, prefix(Code::unsupported, &call) + "codec fp16 serves sum and mean of float32. Use codec none.");
+    throw Error(Code::unsupported,
+                prefix(Code::unsupported, &call) + "codec fp16 serves sum and mean of float32. Use codec none.");
   if (team_.nranks == 1) return;
   Bucket bucket{};
   const Header header = begin(call, bucket);
@@ -121,7 +135,9 @@ Header ShmEngine::begin(const Call& call, Bucket& bucket) {
   Mailbox& mine = *box_[team_.rank];
   const uint64_t sequence = mine.sequence + 1;
   __atomic_store_n(&mine.sequence, sequence, __ATOMIC_RELAXED);  // peers read it for their messages only
-  const Algorithm algorithm = call.algorithm == Algorithm::automatic ? choose_algorithm(groups, call.dtype, call.codec, team_.nranks) : call.algorithm;
+  const Algorithm algorithm = call.algorithm == Algorithm::automatic
+                                  ? choose_algorithm(groups, call.dtype, call.codec, team_.nranks)
+                                  : call.algorithm;
   Header header{};
   header.sequence = sequence;
   header.numel = elems;
@@ -185,7 +201,8 @@ void ShmEngine::abort(const std::string& reason) {
 
 void ShmEngine::close() {
   if (in_forked_child() || closed_.exchange(true)) return;
-  __atomic_store_n(&control_->closed[team_.rank], box_[team_.rank]->sequence + 1, __ATOMIC_RELEASE);  // before the hang-up
+  __atomic_store_n(&control_->closed[team_.rank], box_[team_.rank]->sequence + 1,
+                   __ATOMIC_RELEASE);  // before the hang-up
   for (const uint64_t watch : watches_) Watchdog::instance().forget(watch);
   for (Peer& p : peers_) p.socket.reset();
 }

@@ -23,8 +23,8 @@ Geometry geometry(int nranks, int64_t arena_bytes);
 class ShmEngine final : public Engine, private Patience {
  public:
   struct Peer {
-    Arena arena;  // its memory as mapped here (my own at [rank])
-    int pid = 0;  // 0: in another PID namespace
+    Arena arena;      // its memory as mapped here (my own at [rank])
+    int pid = 0;      // 0: in another PID namespace
     UniqueFd socket;  // closed by the kernel when the peer dies
   };
   ShmEngine(int rank, const Geometry& geometry, std::vector<Peer> peers, const Isa& isa, int rejected_connections);
@@ -80,10 +80,10 @@ class ShmEngine final : public Engine, private Patience {
   const int rejected_connections_;
   const int64_t arena_bytes_;
   std::string name_ = "new";
-  uint64_t uncounted_ = 0;          // calls made by verify()
-  std::vector<Segment> segments_;   // of the current call; kept for its capacity
-  const Call* current_ = nullptr;   // the call that runs
-  std::atomic<bool> told_{false};   // this rank's caller has been given the first cause
+  uint64_t uncounted_ = 0;         // calls made by verify()
+  std::vector<Segment> segments_;  // of the current call; kept for its capacity
+  const Call* current_ = nullptr;  // the call that runs
+  std::atomic<bool> told_{false};  // this rank's caller has been given the first cause
   std::atomic<bool> closed_{false};
   std::mutex stats_mutex_;
   Stats stats_;

@@ -8,24 +8,6 @@ namespace dpcomm {
 
 namespace {
 
-const char* code_text(Code code) {
-  switch (code) {
-    case Code::argument: return "ARGUMENT";
-    case Code::unsupported: return "UNSUPPORTED";
-    case Code::mismatch: return "MISMATCH";
-    case Code::peer_lost: return "PEER_LOST";
-    case Code::timeout: return "TIMEOUT";
-    case Code::aborted: return "ABORTED";
-    case Code::resource: return "RESOURCE";
-    case Code::p2p: return "P2P";
-    case Code::version: return "VERSION";
-    case Code::fork: return "FORK";
-    case Code::internal: return "INTERNAL";
-    case Code::cuda: return "CUDA";
-  }
-  return "?";
-}
-
 // "S (sleeping)" from /proc; empty where it cannot be seen (another PID namespace).
 std::string process_state(int pid) {
   char path[32], line[512];
@@ -39,44 +21,71 @@ std::string process_state(int pid) {
   const size_t end = text.rfind(')');  // the name may hold anything
   if (end == std::string::npos || end + 2 >= text.size()) return "unknown";
   switch (text[end + 2]) {
-    case 'R': return "R (running)";
-    case 'S': return "S (sleeping)";
-    case 'D': return "D (waiting for a device)";
-    case 'T': return "T (stopped)";
-    case 't': return "t (in a debugger)";
-    case 'Z': return "Z (dead, not yet reaped)";
-    default: return std::string(1, text[end + 2]);
+    case 'R':
+      return "R (running)";
+    case 'S':
+      return "S (sleeping)";
+    case 'D':
+      return "D (waiting for a device)";
+    case 'T':
+      return "T (stopped)";
+    case 't':
+      return "t (in a debugger)";
+    case 'Z':
+      return "Z (dead, not yet reaped)";
+    default:
+      return std::string(1, text[end + 2]);
   }
 }
 
 const char* field_name(Field field) {
   switch (field) {
-    case Field::none: return "nothing";
-    case Field::sequence: return "call number";
-    case Field::bucket: return "bucket";
-    case Field::dtype: return "dtype";
-    case Field::op: return "op";
-    case Field::codec: return "codec";
-    case Field::algorithm: return "algorithm";
-    case Field::numel: return "numel";
-    case Field::tensors: return "number of tensors";
-    case Field::layout: return "sizes of the tensors";
+    case Field::none:
+      return "nothing";
+    case Field::sequence:
+      return "call number";
+    case Field::bucket:
+      return "bucket";
+    case Field::dtype:
+      return "dtype";
+    case Field::op:
+      return "op";
+    case Field::codec:
+      return "codec";
+    case Field::algorithm:
+      return "algorithm";
+    case Field::numel:
+      return "numel";
+    case Field::tensors:
+      return "number of tensors";
+    case Field::layout:
+      return "sizes of the tensors";
   }
   return "?";
 }
 
 std::string field_value(Field field, const Header& h) {
   switch (field) {
-    case Field::none: return "";
-    case Field::sequence: return std::to_string(h.sequence);
-    case Field::bucket: return h.bucket < 0 ? "no bucket" : "bucket " + std::to_string(h.bucket);
-    case Field::dtype: return name_of(Dtype(h.dtype));
-    case Field::op: return name_of(Op(h.op));
-    case Field::codec: return name_of(CodecKind(h.codec));
-    case Field::algorithm: return name_of(Algorithm(h.algorithm));
-    case Field::numel: return std::to_string(h.numel);
-    case Field::tensors: return std::to_string(h.tensors);
-    case Field::layout: return "others";
+    case Field::none:
+      return "";
+    case Field::sequence:
+      return std::to_string(h.sequence);
+    case Field::bucket:
+      return h.bucket < 0 ? "no bucket" : "bucket " + std::to_string(h.bucket);
+    case Field::dtype:
+      return name_of(Dtype(h.dtype));
+    case Field::op:
+      return name_of(Op(h.op));
+    case Field::codec:
+      return name_of(CodecKind(h.codec));
+    case Field::algorithm:
+      return name_of(Algorithm(h.algorithm));
+    case Field::numel:
+      return std::to_string(h.numel);
+    case Field::tensors:
+      return std::to_string(h.tensors);
+    case Field::layout:
+      return "others";
   }
   return "?";
 }
@@ -84,8 +93,9 @@ std::string field_value(Field field, const Header& h) {
 }  // namespace
 
 std::string ShmEngine::prefix(Code code, const Call* call) const {
-  std::string text = std::string("[dpcomm:") + code_text(code) + "] rank " + std::to_string(team_.rank) + "/" + std::to_string(team_.nranks) +
-                     " comm=" + name_ + " seq=" + std::to_string(shown(__atomic_load_n(&box_[team_.rank]->sequence, __ATOMIC_RELAXED)));
+  std::string text = std::string("[dpcomm:") + name_of(code) + "] rank " + std::to_string(team_.rank) + "/" +
+                     std::to_string(team_.nranks) + " comm=" + name_ +
+                     " seq=" + std::to_string(shown(__atomic_load_n(&box_[team_.rank]->sequence, __ATOMIC_RELAXED)));
   if (call) text += " " + call->text();
   return text + ": ";
 }
@@ -109,22 +119,33 @@ Error ShmEngine::explain(const Failure& f, const Call* call, bool here) const {
   std::string what, advice = " Make a new communicator (after a failed step of DDP: dpcomm.recover(ddp)).";
   std::vector<int> waiting;
   switch (f.cause) {
-    case Cause::none: code = Code::internal, what = "it failed and nobody said why"; break;
+    case Cause::none:
+      code = Code::internal, what = "it failed and nobody said why";
+      break;
     case Cause::mismatch:
-      code = Code::mismatch, what = field_values(f) + " (seq " + seq + ")", advice = " Every rank must make the same calls in the same order.";
+      code = Code::mismatch, what = field_values(f) + " (seq " + seq + ")",
+      advice = " Every rank must make the same calls in the same order.";
       break;
     case Cause::peer_closed:
-      code = Code::peer_lost, what = rank + " closed its connection (clean shutdown) at seq " + std::to_string(shown(control_->closed[f.rank] - 1));
+      code = Code::peer_lost, what = rank + " closed its connection (clean shutdown) at seq " +
+                                     std::to_string(shown(control_->closed[f.rank] - 1));
       break;
     case Cause::peer_died:
-      code = Code::peer_lost, what = rank + " (pid " + std::to_string(peers_[f.rank].pid) + ") disappeared; check its output, and dmesg for the OOM killer";
+      code = Code::peer_lost, what = rank + " (pid " + std::to_string(peers_[f.rank].pid) +
+                                     ") disappeared; check its output, and dmesg for the OOM killer";
       break;
-    case Cause::timeout: code = Code::timeout, what = waiting_text(f, &waiting) + " at seq " + seq; break;
-    case Cause::aborted: what = rank + " gave up at seq " + seq + ": " + control_->reason[f.rank]; break;
-    case Cause::internal: code = Code::internal, what = rank + " met an internal error at seq " + seq; break;
+    case Cause::timeout:
+      code = Code::timeout, what = waiting_text(f, &waiting) + " at seq " + seq;
+      break;
+    case Cause::aborted:
+      what = rank + " gave up at seq " + seq + ": " + control_->reason[f.rank];
+      break;
+    case Cause::internal:
+      code = Code::internal, what = rank + " met an internal error at seq " + seq;
+      break;
   }
   if (!here && code != Code::aborted) {
-    what = "communicator aborted at seq " + seq + " because: [" + code_text(code) + "] " + what;
+    what = "communicator aborted at seq " + seq + " because: [" + name_of(code) + "] " + what;
     code = Code::aborted;
   }
   Error error(code, prefix(code, call) + what + "." + advice);
@@ -139,10 +160,13 @@ std::string ShmEngine::field_values(const Failure& f) const {
   const Header& b = box_[f.other]->header[page][f.other];
   const std::string name = field_name(f.field);
   if (f.field == Field::bucket)
-    return "rank " + std::to_string(f.rank) + " is in " + field_value(f.field, a) + ", rank " + std::to_string(f.other) + " in " + field_value(f.field, b);
+    return "rank " + std::to_string(f.rank) + " is in " + field_value(f.field, a) + ", rank " +
+           std::to_string(f.other) + " in " + field_value(f.field, b);
   if (f.field == Field::layout)
-    return "rank " + std::to_string(f.rank) + " and rank " + std::to_string(f.other) + " have as many elements, but in tensors of other sizes";
-  return name + ": rank " + std::to_string(f.rank) + " has " + field_value(f.field, a) + ", rank " + std::to_string(f.other) + " has " + field_value(f.field, b);
+    return "rank " + std::to_string(f.rank) + " and rank " + std::to_string(f.other) +
+           " have as many elements, but in tensors of other sizes";
+  return name + ": rank " + std::to_string(f.rank) + " has " + field_value(f.field, a) + ", rank " +
+         std::to_string(f.other) + " has " + field_value(f.field, b);
 }
 
 std::string ShmEngine::waiting_text(const Failure& f, std::vector<int>* ranks) const {
@@ -152,7 +176,8 @@ std::string ShmEngine::waiting_text(const Failure& f, std::vector<int>* ranks) c
     if ((late >> r & 1) == 0) continue;
     if (!ranks->empty()) text += ", ";
     ranks->push_back(r);
-    text += "rank " + std::to_string(r) + " (pid " + std::to_string(peers_[r].pid) + ", state " + process_state(peers_[r].pid) + ", last seq " +
+    text += "rank " + std::to_string(r) + " (pid " + std::to_string(peers_[r].pid) + ", state " +
+            process_state(peers_[r].pid) + ", last seq " +
             std::to_string(shown(__atomic_load_n(&box_[r]->sequence, __ATOMIC_RELAXED))) + ")";
   }
   char limit[48];

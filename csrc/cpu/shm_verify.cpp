@@ -57,8 +57,9 @@ void ShmEngine::check_pattern() {
   const uint32_t n = uint32_t(team_.nranks);
   for (size_t i = 0; i < data.size(); ++i)
     if (uint32_t(data[i]) != uint32_t(i) * 31 * n + 1000003 * (n * (n - 1) / 2))
-      throw Error(Code::internal, prefix(Code::internal, &call) + "shared memory does not hold what was written to it, at element " +
-                                      std::to_string(i) + ". Please report this with the output of `python -m dpcomm info`.");
+      throw Error(Code::internal,
+                  prefix(Code::internal, &call) + "shared memory does not hold what was written to it, at element " +
+                      std::to_string(i) + ". Please report this with the output of `python -m dpcomm info`.");
 }
 
 }  // namespace dpcomm

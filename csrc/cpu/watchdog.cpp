@@ -17,9 +17,9 @@ namespace {
 
 constexpr uint64_t kWakeId = 0;  // in epoll's data; watches count from 1
 
-// True when the other end has closed. Reads a little of what came, and drops it: descriptors sent along too.
-bool hung_up(int fd, uint32_t events) {
-  if (events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR)) return true;
+// True when the other end has closed. Reads a little of what came, and drops it: descriptors sent along too. (epoll
+// comes back as long as there is more, so the end is found behind any number of bytes.)
+bool hung_up(int fd) {
   char dropped[4096];
   const ssize_t n = ::recv(fd, dropped, sizeof dropped, MSG_DONTWAIT);
   return n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
@@ -38,7 +38,7 @@ struct SignalsBlocked {
 
 void add(int epoll, int fd, uint64_t id) {
   epoll_event event{};
-  event.events = EPOLLIN | EPOLLRDHUP;
+  event.events = EPOLLIN;
   event.data.u64 = id;
   if (::epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != 0) throw resource_error("epoll_ctl(EPOLL_CTL_ADD)", errno);
 }
@@ -118,7 +118,7 @@ void Watchdog::run() {
     epoll_event events[16];
     const int n = ::epoll_wait(epoll, events, 16, -1);  // ends with the last watch: forget() wakes it
     lock.lock();
-    for (int i = 0; i < n; ++i) look(events[i].data.u64, events[i].events, lock);
+    for (int i = 0; i < n; ++i) look(events[i].data.u64, lock);
   }
   epoll_.reset();
   wake_.reset();
@@ -126,7 +126,7 @@ void Watchdog::run() {
   changed_.notify_all();
 }
 
-void Watchdog::look(uint64_t id, uint32_t events, std::unique_lock<std::mutex>& lock) {
+void Watchdog::look(uint64_t id, std::unique_lock<std::mutex>& lock) {
   if (id == kWakeId) {
     uint64_t count;
     while (::read(wake_.get(), &count, sizeof count) < 0 && errno == EINTR) continue;
@@ -134,7 +134,7 @@ void Watchdog::look(uint64_t id, uint32_t events, std::unique_lock<std::mutex>& 
   }
   const auto at = watches_.find(id);
   if (at == watches_.end() || at->second.fd < 0) return;  // forgotten since epoll_wait returned
-  if (!hung_up(at->second.fd, events)) return;
+  if (!hung_up(at->second.fd)) return;
   ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
   at->second.fd = -1;
   calling_ = id;

@@ -35,7 +35,7 @@ class Watchdog {
   explicit Watchdog(Watchdog* inherited) : generation_(fork_generation()), inherited_(inherited) {}
   void start();
   void run();
-  void look(uint64_t id, uint32_t events, std::unique_lock<std::mutex>& lock);
+  void look(uint64_t id, std::unique_lock<std::mutex>& lock);
   void wake() const;
 
   const uint64_t generation_;
