@@ -56,7 +56,7 @@ struct Fp16 {
   template <class Lanes, class Values, class Keep>
   DPCOMM_HD static int32_t largest(const Values& values, Keep keep) {
     Vec<int32_t> top = splat<int32_t>(0);
-#pragma GCC unroll 64
+    DPCOMM_UNROLL
     for (int i = 0; i < Lanes::template vectors<Fp16>; ++i)
       top = map(
           [keep](auto t, auto x) {

@@ -60,7 +60,7 @@ struct Direct {
         for (int r = 0; r < t.nranks; ++r)
           if (r != t.rank) push<Codec>(lanes, message(kResult, t.rank, r, number, range), at, scale, total);
       const Own<Codec, const Total<Codec, Lanes>&> adopted{total, scale};
-#pragma GCC unroll 64
+      DPCOMM_UNROLL
       for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, adopted(i));
     });
     post_peers(lanes, t, kResult, number + 1);  // (2)

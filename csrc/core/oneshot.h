@@ -33,7 +33,7 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
       Total<Codec, Lanes> total;
       add_up<Codec>(lanes, t, op, memory, at, in, total);
       const Own<Codec, const Total<Codec, Lanes>&> rounded{total, Codec::scale(lanes, total)};
-#pragma GCC unroll 64
+      DPCOMM_UNROLL
       for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, rounded(i));
     });
   }

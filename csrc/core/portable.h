@@ -13,14 +13,24 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #define DPCOMM_HD __host__ __device__ __forceinline__
+#if defined(__CUDA_ARCH__)
+#define DPCOMM_UNROLL _Pragma("unroll")
+#else
+#define DPCOMM_UNROLL
+#endif
 #else
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 #define DPCOMM_HD inline __attribute__((always_inline))
+#define DPCOMM_UNROLL _Pragma("GCC unroll 64")  // completely, all loops of the core are shorter
 #endif
 #ifndef DPCOMM_ISA
+#if defined(__CUDACC__)
+#define DPCOMM_ISA cuda  // nvcc's host half must not share names with the CPU's code: its Vec is another
+#else
 #define DPCOMM_ISA portable
+#endif
 #endif
 
 namespace dpcomm {
@@ -85,14 +95,14 @@ struct alignas(16) Vec {
 template <class F, class... T>
 DPCOMM_HD auto map(F f, const Vec<T>&... v) {
   Vec<std::decay_t<decltype(f(v.at[0]...))>> out;
-#pragma unroll
+  DPCOMM_UNROLL
   for (int k = 0; k < kVec; ++k) out.at[k] = f(v.at[k]...);
   return out;
 }
 template <class T>
 DPCOMM_HD Vec<T> splat(T x) {
   Vec<T> v;
-#pragma unroll
+  DPCOMM_UNROLL
   for (int k = 0; k < kVec; ++k) v.at[k] = x;
   return v;
 }
@@ -163,14 +173,14 @@ DPCOMM_HD void store(T* to, const Vec<T>& v) {
 template <class T>
 DPCOMM_HD Vec<T> load_some(const T* from, int n) {
   Vec<T> v = splat<T>(T{});
-#pragma GCC unroll 16
+  DPCOMM_UNROLL
   for (int k = 0; k < kVec; ++k)
     if (k < n) set_element(v, k, from[k]);
   return v;
 }
 template <class T>
 DPCOMM_HD void store_some(T* to, const Vec<T>& v, int n) {
-#pragma GCC unroll 16
+  DPCOMM_UNROLL
   for (int k = 0; k < kVec; ++k)
     if (k < n) to[k] = element(v, k);
 }
@@ -200,7 +210,7 @@ DPCOMM_HD void stream(T* to, const Vec<T>& v) {
 DPCOMM_HD int32_t max_element(const Vec<int32_t>& v) {
 #if defined(__CUDACC__)
   int32_t m = v.at[0];
-#pragma unroll
+  DPCOMM_UNROLL
   for (int k = 1; k < kVec; ++k) m = v.at[k] > m ? v.at[k] : m;
   return m;
 #else

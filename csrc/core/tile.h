@@ -53,7 +53,7 @@ struct Total {
 
   template <class F>
   DPCOMM_HD void each(F f) {
-#pragma GCC unroll 64
+    DPCOMM_UNROLL
     for (int i = 0; i < vectors; ++i) at[i] = f(i, at[i]);
   }
   template <class Values>
@@ -104,7 +104,7 @@ DPCOMM_HD void each_memory(Lanes& lanes, const Bucket& bucket, Range range, Body
 // One pack of values into a message.
 template <class Codec, class Lanes, class Values>
 DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, typename Codec::Scale scale, const Values& v) {
-#pragma GCC unroll 64
+  DPCOMM_UNROLL
   for (int i = 0; i < Lanes::template vectors<Codec>; ++i)
     lanes.push(m.codes(at) + i * kVec, Codec::encode(scale, v(i)));
   if (Codec::scaled && at % kGroup == 0) *m.exponent(at) = Codec::to_wire(scale);
@@ -123,7 +123,7 @@ template <class Codec, class Lanes>
 DPCOMM_HD void get(Lanes& lanes, const Bucket& bucket, Range range, const Message<Codec>& in) {
   each_memory<Codec, true>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
     const Incoming<Codec> values(in, at);
-#pragma GCC unroll 64
+    DPCOMM_UNROLL
     for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, values(i));
   });
 }

@@ -75,11 +75,13 @@ uint64_t Watchdog::watch(int fd, std::function<void()> on_hangup) {
 }
 
 void Watchdog::forget(uint64_t id) {
+  decltype(watches_)::node_type
+      gone;  // dies after the lock: what the callback has captured may forget watches of its own
   std::unique_lock lock(mutex_);
   const auto at = watches_.find(id);
   if (at != watches_.end()) {
     if (at->second.fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
-    watches_.erase(at);
+    gone = watches_.extract(at);
   }
   if (!running_ || std::this_thread::get_id() == thread_) return;
   changed_.wait(lock, [&] { return calling_ != id; });
@@ -92,9 +94,9 @@ void Watchdog::forget(uint64_t id) {
 void Watchdog::start() {
   UniqueFd epoll = UniqueFd::opened_by([] { return ::epoll_create1(EPOLL_CLOEXEC); });
   if (!epoll) throw resource_error("epoll_create1", errno);
-  UniqueFd wake = UniqueFd::opened_by([] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
-  if (!wake) throw resource_error("eventfd", errno);
-  add(epoll.get(), wake.get(), kWakeId);
+  UniqueFd eventfd = UniqueFd::opened_by([] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
+  if (!eventfd) throw resource_error("eventfd", errno);
+  add(epoll.get(), eventfd.get(), kWakeId);
   try {
     const SignalsBlocked inherited;
     std::thread thread([this] { run(); });
@@ -104,7 +106,7 @@ void Watchdog::start() {
     throw resource_error("starting the watchdog's thread", error.code().value());
   }
   epoll_ = std::move(epoll);
-  wake_ = std::move(wake);
+  wake_ = std::move(eventfd);
   running_ = true;
 }
 

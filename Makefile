@@ -1,0 +1,59 @@
+# From a fresh clone, with python3 (3.10 or newer, with venv and headers), make and a C++20 compiler: "make demo".
+# Everything lives in .venv and build/. A second run reuses what is there: .venv/.installed is as old as the packages,
+# .venv/.built as the extension. CUDA sources are compiled where there is an nvcc (DPCOMM_CUDA=OFF leaves them out).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCH_FLAGS ?= -b 4K -e 100M -f 4 --ranks 2 --codec none --vs gloo
+
+requirements := $(wildcard requirements/*.txt)
+# Folders are listed too: their time changes when a file comes or goes.
+sources := setup.py pyproject.toml $(shell find csrc)
+cpp_sources = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint bench gpu-check format clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(VENV)/.installed: $(requirements)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dpcomm needs Python 3.10 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(requirements:%=-r %)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(sources)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+venv: $(VENV)/.built ## .venv with pinned packages and dpcomm in editable form
+
+demo: venv ## train a small language model in two processes: gloo, dpcomm, dpcomm fp16
+	$(BIN)/python examples/train_lm.py --demo
+
+test: venv ## all tests; those marked gpu are skipped where there is no GPU
+	$(BIN)/python -m pytest
+
+lint: venv ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(cpp_sources)
+
+bench: venv ## the README's table: dpcomm against gloo
+	$(BIN)/python benchmarks/allreduce.py $(BENCH_FLAGS)
+
+gpu-check: venv ## build and run what needs a GPU; stops at once where there is none
+	$(BIN)/python benchmarks/gpu_check.py
+
+format: venv ## rewrite the sources as "make lint" wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(cpp_sources)
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build runs dpcomm.egg-info dpcomm/_native.*.so
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,34 @@
+"""`python -m dpcomm info`: what this build is and can do here; with --json for programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dpcomm.info import info
+
+
+def main() -> None:
+    """Parses the command line and prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpcomm", description="dpcomm: all-reduce for data-parallel training"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("info", help="versions, instruction sets and engines")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    facts = info()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    cuda = f"yes ({facts['cuda_version']})" if facts["cuda_built"] else "no"
+    print(f"dpcomm {facts['version']}  (torch {facts['torch']}, wire layout {facts['layout']})")
+    print(f"built with CUDA:  {cuda}")
+    print(f"instruction sets: {', '.join(facts['simd'])}")
+    print("engines:")
+    for name, engine in facts["engines"].items():
+        print(f"  {name:<6} {'usable' if engine['usable'] else 'no':<7} {engine['reason']}")
+
+
+if __name__ == "__main__":
+    main()

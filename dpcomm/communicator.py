@@ -1,0 +1,306 @@
+"""`Communicator`: validates once, at the edge, and calls the engine.
+
+What a tensor is lies in `arrays`, how ranks meet in `bootstrap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from dpcomm import _native, arrays, bootstrap
+from dpcomm import options as opt
+from dpcomm.buckets import pack
+from dpcomm.errors import ArgumentError, Error, InternalError
+from dpcomm.work import Work
+
+CLOSE_GRACE_S = 5.0
+EXIT_GRACE_S = 2.0
+STATS = ("calls", "input_bytes", "wire_bytes", "put_s", "reduce_s", "get_s", "wait_s", "nonfinite_groups")
+
+
+class Communicator:
+    """The ranks of a group, ready to all-reduce. Construction is collective: every rank of the group takes part.
+
+    After a failure on any rank it is poisoned on all: every call raises AbortedError with the first cause. A context
+    manager; closed at exit at the latest. Calls from several threads are serialised, in an order that must be the same
+    on all ranks. Cannot be pickled.
+
+    Args:
+        group: The process group; None with no rank, nranks and store is the default group.
+        rank, nranks, store: Instead of a group: this rank, how many there are, and a torch.distributed.Store that all
+            reach. nranks=1 needs no store.
+        device: None or "cpu".
+        codec: What travels, "none" or "fp16"; calls may choose another.
+        engine: "auto" or "shm".
+        algorithm: "auto", "direct" or "oneshot"; calls may choose another.
+        timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
+            first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.
+        bucket_cap_mb: Size in MiB up to which the tensors of a list are reduced together.
+
+    Raises:
+        ArgumentError, UnsupportedError: Arguments that cannot work, on any rank.
+        MismatchError, VersionError: Ranks that want or are different things.
+        CommTimeoutError, PeerLostError: Ranks that did not come, or ended.
+        SystemResourceError: No memory, descriptors or permission.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        rank: int | None = None,
+        nranks: int | None = None,
+        store: Store | None = None,
+        device: torch.device | str | None = None,
+        codec: str = "none",
+        engine: str = "auto",
+        algorithm: str = "auto",
+        timeout_s: float = 300.0,
+        bucket_cap_mb: float = 25.0,
+    ) -> None:
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+        site = bootstrap.locate(group, rank, nranks, store)
+        options: opt.Options | Error
+        try:
+            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, device)
+        except Error as error:
+            options = error  # told to all ranks before it is raised
+        native = None
+        if site.nranks > 1:
+            native, _ = bootstrap.build(site, options)
+        if isinstance(options, Error):
+            raise options
+        self._set_up(native, site.rank, site.nranks, options)
+
+    @classmethod
+    def _from_native(cls, native: _native.Comm | None, rank: int, nranks: int, options: opt.Options) -> Communicator:
+        """Wraps a native communicator that was built elsewhere (`init_local`)."""
+        made = cls.__new__(cls)
+        made._set_up(native, rank, nranks, options)
+        return made
+
+    def _set_up(self, native: _native.Comm | None, rank: int, nranks: int, options: opt.Options) -> None:
+        self.rank, self.nranks = rank, nranks
+        self.codec, self.algorithm, self.timeout_s = options.codec, options.algorithm, options.timeout_s
+        self.engine = "shm" if native is not None else "none"
+        self._options = options
+        self._requests: dict[tuple[object, object, object], opt.Request] = {}
+        self._pending: deque[Work] = deque()
+        self._closed = False
+        self._built = native  # None where there is one rank only
+        self._native = native  # None also once closed
+        self._finalizer = None
+        if native is not None:
+            # Runs when the last reference goes, or at exit.
+            self._finalizer = weakref.finalize(self, _close_native, native, os.getpid())
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def allreduce(
+        self,
+        x: Any,
+        op: Any = "sum",
+        *,
+        codec: str | None = None,
+        algorithm: str | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """Reduces x over all ranks, in place; all ranks hold the same bytes afterwards.
+
+        Args:
+            x: A tensor or array, or a list of them; the same shapes, dtypes and order on all ranks.
+            op: "sum", "mean", "min", "max" or the torch.distributed.ReduceOp of that meaning.
+            codec, algorithm: None takes the communicator's own.
+            async_op: Returns at once with a Work; x must not be touched until it is completed.
+
+        Returns:
+            x, or a Work.
+
+        Raises:
+            ArgumentError, UnsupportedError: x or an option cannot work; nothing was sent.
+            MismatchError, PeerLostError, CommTimeoutError, AbortedError: On all ranks; the communicator is poisoned.
+        """
+        try:
+            request = self._requests[op, codec, algorithm]
+        except (KeyError, TypeError):
+            request = self._request(op, codec, algorithm)
+        native = self._native
+        if native is not None and not async_op:
+            plain = arrays.direct(x)
+            if plain is not None:
+                address, count, dtype = plain
+                served = request.dtypes.get(dtype)
+                if served is None:
+                    raise opt.refuse_dtype(dtype, request)
+                native.run([address], [count * served[1]], served[0], request.op, request.codec, request.algorithm, -1)
+                return x
+        return self._allreduce_any(x, request, async_op)
+
+    def describe(self) -> dict[str, Any]:
+        """What this communicator is: engine and why, which algorithm and bit class at which size, versions, arena."""
+        if self._built is None:
+            why = "one rank: nothing to move"
+        else:
+            why = "asked for" if self._options.engine != "auto" else "all ranks share one host and their data is on CPU"
+        native = self._built.describe() if self._built is not None else {"arena_bytes": 0}
+        return {
+            **native,
+            "engine": self.engine,
+            "why": why,
+            "rank": self.rank,
+            "nranks": self.nranks,
+            "codec": self.codec,
+            "algorithm": self.algorithm,
+            "timeout_s": self.timeout_s,
+            "bucket_cap_mb": self._options.bucket_cap_mb,
+            "bit_classes": self._bit_classes(),
+            "versions": {"dpcomm": _native.version, "layout": _native.LAYOUT, "torch": str(torch.__version__)},
+        }
+
+    def stats(self, reset: bool = False) -> dict[str, float]:
+        """Sums since construction or the last reset: calls, bytes, seconds per phase, groups that were not finite."""
+        return self._built.stats(reset) if self._built is not None else dict.fromkeys(STATS, 0)
+
+    def check(self) -> None:
+        """Raises what has gone wrong since the last call; returns at once if nothing has."""
+        self._refuse_closed()
+        if self._native is not None:
+            self._native.check()
+
+    def close(self) -> None:
+        """Gives everything back; local and idempotent. Waits 5 s at most for own work, then aborts it on all ranks."""
+        self._close(CLOSE_GRACE_S)
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle or copy a dpcomm.Communicator: it is bound to this process. Make one in each.")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"engine={self.engine}, codec={self.codec}, algorithm={self.algorithm}"
+        return f"<dpcomm.Communicator rank {self.rank}/{self.nranks}, {state}>"
+
+    def _request(self, op: object, codec: str | None, algorithm: str | None) -> opt.Request:
+        """Validates one combination of options, and remembers it."""
+        made = opt.request(
+            op, self.codec if codec is None else codec, self.algorithm if algorithm is None else algorithm
+        )
+        with contextlib.suppress(TypeError):  # a ReduceOp that cannot be hashed is validated each time
+            self._requests[op, codec, algorithm] = made
+        return made
+
+    def _allreduce_any(self, x: Any, request: opt.Request, async_op: bool) -> Any:
+        """Lists, arrays that need copies, asynchronous calls, and one rank."""
+        parts = self._prepare(x, request)
+        if async_op:
+            return self._submit(x, parts, request)
+        if self._native is not None:
+            for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
+                self._native.run(*_arguments(bucket.dtype, bucket.segments, request))
+            for part in parts:
+                part.finish()
+        return x
+
+    def _prepare(self, x: Any, request: opt.Request) -> list[arrays.Segment]:
+        """Validates x against the request; nothing is sent."""
+        self._refuse_closed()
+        parts = arrays.segments(x) if isinstance(x, (list, tuple)) else [arrays.segment(x)]
+        for part in parts:
+            if part.dtype not in request.dtypes:
+                raise opt.refuse_dtype(part.dtype, request)
+        return parts
+
+    def _submit(self, x: Any, parts: Sequence[arrays.Segment], request: opt.Request) -> Work:
+        """Queues what `_prepare` accepted."""
+        self._release_completed()
+        work = Work(parts, (self, x))
+        native = self._native
+        if native is not None:
+            self._pending.append(work)  # before the first job: the arrays must live even if a later submit raises
+            for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
+                work._add(native.submit(*_arguments(bucket.dtype, bucket.segments, request)))
+        return work
+
+    def _submit_bucket(self, x: torch.Tensor, request: opt.Request, bucket: int) -> _native.Job | None:
+        """Queues one DDP bucket, which must need no copy; the caller keeps x alive. None where there is one rank."""
+        self._refuse_closed()
+        plain = arrays.direct(x)
+        if plain is None:
+            raise InternalError(
+                f"DDP bucket {bucket} is not contiguous memory on CPU: {x.device}, strides {x.stride()}"
+            )
+        if self._native is None:
+            return None
+        address, count, dtype = plain
+        native_dtype, width = request.dtypes[dtype]
+        return self._native.submit(
+            [address], [count * width], native_dtype, request.op, request.codec, request.algorithm, bucket
+        )
+
+    def _abort(self, reason: str) -> None:
+        """Poisons the communicator on all ranks."""
+        if self._native is not None:
+            self._native.abort(reason)
+
+    def _release_completed(self) -> None:
+        """Lets go of the arrays of calls that have ended; calls end in the order of their submission."""
+        with contextlib.suppress(IndexError):  # another thread may empty the queue meanwhile
+            while self._pending[0].is_completed():
+                self._pending.popleft()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ArgumentError("the communicator has been closed. Make a new dpcomm.Communicator.")
+
+    def _close(self, grace_s: float) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        native, self._native = self._native, None
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if native is not None:
+            native.close(grace_s)
+        self._release_completed()
+
+    def _bit_classes(self) -> list[dict[str, object]]:
+        """From which number of float32 elements on which algorithm, and so which bits."""
+        names = {code: name for name, code in _native.ALGORITHMS.items()}
+        codec, dtype = _native.CODECS[self.codec], _native.DTYPES["float32"]
+        table: list[dict[str, object]] = []
+        for exponent in range(41):
+            name = self.algorithm
+            if name == "auto":
+                name = names[_native.choose_algorithm(1 << exponent, dtype, codec, self.nranks)]
+            if not table or table[-1]["algorithm"] != name:
+                table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": "rank_order"})
+        return table
+
+
+def _arguments(
+    dtype: str, parts: Sequence[arrays.Segment], request: opt.Request
+) -> tuple[list[int], list[int], int, int, int, int, int]:
+    native_dtype, width = request.dtypes[dtype]
+    addresses, counts = [part.address for part in parts], [part.count * width for part in parts]
+    return addresses, counts, native_dtype, request.op, request.codec, request.algorithm, -1
+
+
+def _close_native(native: _native.Comm, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child that exits leaves its parent's communicator alone
+        native.close(EXIT_GRACE_S)

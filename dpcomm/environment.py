@@ -1,0 +1,86 @@
+"""The environment variables DPCOMM_*, parsed strictly. None of them changes a result.
+
+DPCOMM_TIMEOUT_S   seconds; takes the place of the default of 300 (an explicit other timeout_s wins)
+DPCOMM_ARENA_MB    MiB of shared memory a rank may take at most; the same on all ranks; default 64
+DPCOMM_SIMD        instruction set of the kernels, one of `dpcomm.info()["simd"]`; default: the best
+DPCOMM_CUDA        read by setup.py only
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import NamedTuple
+
+from dpcomm import _native
+from dpcomm.errors import ArgumentError
+
+DEFAULT_TIMEOUT_S = 300.0
+# Longer than any job waits for a peer on purpose, short enough that no clock arithmetic overflows.
+MAX_TIMEOUT_S = 30 * 24 * 3600.0
+DEFAULT_ARENA_MB = 64
+MAX_ARENA_MB = 64 * 1024
+KNOWN = ("DPCOMM_TIMEOUT_S", "DPCOMM_ARENA_MB", "DPCOMM_SIMD", "DPCOMM_CUDA")
+
+
+class Environment(NamedTuple):
+    """What the variables ask for, defaults filled in."""
+
+    timeout_s: float
+    arena_bytes: int
+    simd: str  # "" takes the best
+
+
+def read() -> Environment:
+    """Reads the variables now.
+
+    Raises:
+        ArgumentError: A value cannot be parsed or is out of range.
+    """
+    _warn_unknown(tuple(sorted(name for name in os.environ if name.startswith("DPCOMM_") and name not in KNOWN)))
+    return Environment(_timeout_s(), _arena_bytes(), _simd())
+
+
+@functools.cache
+def _warn_unknown(names: tuple[str, ...]) -> None:
+    """One warning for each set of unknown names, not one for each communicator."""
+    if names:
+        warnings.warn(
+            f"dpcomm does not know {', '.join(names)} (a typo?); known: {', '.join(KNOWN)}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _timeout_s() -> float:
+    text = os.environ.get("DPCOMM_TIMEOUT_S")
+    if text is None:
+        return DEFAULT_TIMEOUT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ArgumentError(f"DPCOMM_TIMEOUT_S={text!r}: expected seconds as a number") from None
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise ArgumentError(f"DPCOMM_TIMEOUT_S={text!r}: expected more than 0 and at most {MAX_TIMEOUT_S:.0f} seconds")
+    return seconds
+
+
+def _arena_bytes() -> int:
+    text = os.environ.get("DPCOMM_ARENA_MB")
+    if text is None:
+        return DEFAULT_ARENA_MB << 20
+    try:
+        mebibytes = int(text)
+    except ValueError:
+        raise ArgumentError(f"DPCOMM_ARENA_MB={text!r}: expected a whole number of MiB") from None
+    if not 1 <= mebibytes <= MAX_ARENA_MB:
+        raise ArgumentError(f"DPCOMM_ARENA_MB={text!r}: expected 1 to {MAX_ARENA_MB} MiB")
+    return mebibytes << 20
+
+
+def _simd() -> str:
+    text = os.environ.get("DPCOMM_SIMD", "")
+    if text and text not in _native.simd():
+        raise ArgumentError(f"DPCOMM_SIMD={text!r}: this processor offers {', '.join(_native.simd())}")
+    return text

@@ -1,0 +1,31 @@
+"""`info`: what this build of dpcomm is and can do here. Starts nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dpcomm import _native
+from dpcomm.options import LATER_ENGINES, engine_reason
+
+
+def info() -> dict[str, Any]:
+    """Versions, instruction sets, and which engines are usable and why.
+
+    Returns:
+        version, layout, cuda_built, cuda_version, simd, torch, engines: {name: {usable, reason}}.
+    """
+    engines: dict[str, dict[str, Any]] = {
+        "shm": {"usable": True, "reason": f"CPU tensors of up to {_native.MAX_RANKS} processes of one host"}
+    }
+    engines |= {name: {"usable": False, "reason": engine_reason(name)} for name in LATER_ENGINES}
+    return {
+        "version": _native.version,
+        "layout": _native.LAYOUT,
+        "cuda_built": _native.cuda_built,
+        "cuda_version": _native.cuda_version,
+        "simd": _native.simd(),
+        "torch": str(torch.__version__),
+        "engines": engines,
+    }

@@ -1,0 +1,178 @@
+"""What may be asked for: operations, codecs, algorithms, engines, and which of them go together.
+
+Knows names only; no tensor, no rank, no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.distributed import ReduceOp
+
+from dpcomm import _native, environment
+from dpcomm.errors import ArgumentError, UnsupportedError
+
+MAX_TIMEOUT_S = environment.MAX_TIMEOUT_S
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+# Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
+COMPLEX = {"complex64": "float32", "complex128": "float64"}
+LATER_ENGINES = ("p2p", "nccl", "gloo", "torch")
+
+
+class Request(NamedTuple):
+    """One validated combination of operation, codec and algorithm, as the numbers the extension takes."""
+
+    op: int
+    codec: int
+    algorithm: int
+    dtypes: dict[str, tuple[int, int]]  # name of the dtype -> (native dtype, native elements per element)
+    op_name: str
+    codec_name: str
+
+
+class Options(NamedTuple):
+    """A communicator's validated options."""
+
+    codec: str
+    engine: str  # as asked for: "auto" or an engine's name
+    algorithm: str
+    timeout_s: float
+    bucket_cap_mb: float
+    arena_bytes: int
+    simd: str
+
+
+def op_name(op: object) -> str:
+    """The name of an operation given by name or as a torch.distributed.ReduceOp.
+
+    Raises:
+        ArgumentError: Not an operation.
+        UnsupportedError: A ReduceOp that dpcomm does not offer.
+    """
+    if isinstance(op, str):
+        if op in _native.OPS:
+            return op
+        raise ArgumentError(f"allreduce: unknown op {op!r}. Use one of {', '.join(_native.OPS)}.")
+    if isinstance(op, (ReduceOp, type(ReduceOp.SUM))):
+        named = (("sum", ReduceOp.SUM), ("mean", ReduceOp.AVG), ("min", ReduceOp.MIN), ("max", ReduceOp.MAX))
+        for name, value in named:
+            if op == value:
+                return name
+        raise UnsupportedError(f"allreduce: {op} is not offered. Use SUM, AVG, MIN or MAX.")
+    raise ArgumentError(f"allreduce: op must be a name or a torch.distributed.ReduceOp, got {type(op).__name__}")
+
+
+def request(op: object, codec: object, algorithm: object) -> Request:
+    """Validates one combination, and lists the dtypes that it serves.
+
+    Raises:
+        ArgumentError: A name that does not exist.
+        UnsupportedError: min or max with a codec.
+    """
+    op_str = op_name(op)
+    codec_str = choice("codec", codec, _native.CODECS)
+    algorithm_str = choice("algorithm", algorithm, _native.ALGORITHMS)
+    if codec_str != "none" and op_str in ("min", "max"):
+        raise UnsupportedError(f"allreduce: op={op_str} with codec={codec_str}. Use codec='none'.")
+    return Request(
+        _native.OPS[op_str],
+        _native.CODECS[codec_str],
+        _native.ALGORITHMS[algorithm_str],
+        _dtypes(op_str, codec_str),
+        op_str,
+        codec_str,
+    )
+
+
+def _dtypes(op: str, codec: str) -> dict[str, tuple[int, int]]:
+    native = _native.DTYPES
+    if codec != "none":
+        return {"float32": (native["float32"], 1)}
+    served = {name: (code, 1) for name, code in native.items() if op != "mean" or name in FLOATS}
+    if op in ("sum", "mean"):
+        served |= {name: (native[part], 2) for name, part in COMPLEX.items()}
+    return served
+
+
+def refuse_dtype(dtype: str, asked: Request) -> UnsupportedError:
+    """The error for a dtype that the request does not serve: says which are served, or which codec to take."""
+    if asked.codec_name != "none" and dtype in _dtypes(asked.op_name, "none"):
+        return UnsupportedError(f"allreduce: {dtype} with codec={asked.codec_name}; use codec='none'")
+    return UnsupportedError(
+        f"allreduce: dtype {dtype} not supported for op={asked.op_name}; supported: {', '.join(asked.dtypes)}"
+    )
+
+
+def choice(what: str, value: object, names: dict[str, int]) -> str:
+    """Checks that a value is one of the names."""
+    if isinstance(value, str) and value in names:
+        return value
+    raise ArgumentError(f"unknown {what} {value!r}. Use one of {', '.join(names)}.")
+
+
+def engine_reason(engine: str) -> str:
+    """Why an engine cannot be used here; "" where it can."""
+    if engine == "shm":
+        return ""
+    if engine in ("p2p", "nccl"):
+        return "CUDA not available: " + (
+            "this version of dpcomm has no GPU engine yet"
+            if _native.cuda_built
+            else "dpcomm was built without CUDA, and this version has no GPU engine yet"
+        )
+    return "this version of dpcomm has no engine between hosts yet"
+
+
+def resolve(
+    codec: object, engine: object, algorithm: object, timeout_s: object, bucket_cap_mb: object, device: object
+) -> Options:
+    """Validates a communicator's options and fills in what the environment says.
+
+    Raises:
+        ArgumentError: An unknown name, a timeout or bucket size out of range, an engine that is not available.
+        UnsupportedError: A device or engine that this version does not serve.
+    """
+    env = environment.read()
+    _check_device(device)
+    _check_engine(engine)
+    seconds = positive("timeout_s", timeout_s, MAX_TIMEOUT_S)
+    return Options(
+        codec=choice("codec", codec, _native.CODECS),
+        engine=str(engine),
+        algorithm=choice("algorithm", algorithm, _native.ALGORITHMS),
+        timeout_s=env.timeout_s if seconds == environment.DEFAULT_TIMEOUT_S else seconds,
+        bucket_cap_mb=positive("bucket_cap_mb", bucket_cap_mb, 1e9),
+        arena_bytes=env.arena_bytes,
+        simd=env.simd,
+    )
+
+
+def positive(what: str, value: object, limit: float) -> float:
+    """Checks that a value is a number in (0, limit]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"{what} must be a number, got {type(value).__name__}")
+    if math.isnan(value) or not 0 < value <= limit:
+        raise ArgumentError(f"{what}={value}: expected more than 0 and at most {limit:.0f}")
+    return float(value)
+
+
+def _check_engine(engine: object) -> None:
+    if engine in ("auto", "shm"):
+        return
+    if not isinstance(engine, str) or engine not in LATER_ENGINES:
+        raise ArgumentError(f"unknown engine {engine!r}. Use 'auto' or 'shm'.")
+    kind = ArgumentError if engine in ("p2p", "nccl") else UnsupportedError
+    raise kind(f"engine={engine!r}: {engine_reason(engine)}. Use 'auto' or 'shm'.")
+
+
+def _check_device(device: object) -> None:
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type  # type: ignore[call-overload]
+    except (TypeError, RuntimeError) as error:
+        raise ArgumentError(f"device={device!r} is not a device: {error}") from None
+    if kind != "cpu":
+        raise UnsupportedError(f"device={device!r}: the engines of this version serve CPU memory only. Use 'cpu'.")

@@ -1,0 +1,234 @@
+"""Ranks meet at a torch Store: publish one record per stage, read everybody's, with a deadline.
+
+Knows records and keys; not what the stages build. Keys are never deleted or written twice:
+`dpcomm/<group>/<n>/<stage>/<rank>`, where n counts the communicators this rank has begun for the group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from dpcomm.errors import (
+    CommTimeoutError,
+    Error,
+    InternalError,
+    MismatchError,
+    PeerLostError,
+    bare_message,
+    from_native,
+)
+from dpcomm.options import Options
+from dpcomm.records import PAYLOAD_BYTES, Hello, Outcome, bitmap, decode, encode, ranks_in
+
+STAGES = ("hello", "validate", "allocate", "probe", "bind", "verify")
+# A blocking Store.wait would ignore Ctrl-C, lock the store's client for other threads and, with TCPStore, log a
+# warning when its time is up; so the store is asked again and again, at intervals that grow from 0.5 to 20 ms.
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.0005, 0.02
+LIVENESS_PERIOD_S = 0.2
+
+T = TypeVar("T")
+
+
+class Site(NamedTuple):
+    """Where ranks meet.
+
+    Attributes:
+        store: A torch.distributed.Store that all ranks of the group reach.
+        members: What tells this group from others on the same store, equal on all its ranks.
+        label: The group's name, for messages; ranks that meet compare it.
+    """
+
+    store: Any
+    rank: int
+    nranks: int
+    members: str
+    label: str
+
+
+class Rendezvous:
+    """One construction seen from one rank."""
+
+    def __init__(self, site: Site, timeout_s: float) -> None:
+        self.rank, self.nranks, self._store = site.rank, site.nranks, site.store
+        self.hellos: list[Hello] = []
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._published = -1
+        tag = hashlib.sha256(site.members.encode()).hexdigest()[:16]
+        self.number = int(self._ask(self._store.add, f"dpcomm/{tag}/count/{self.rank}", 1))
+        self._prefix = f"dpcomm/{tag}/{self.number}"
+
+    def remaining_s(self) -> float:
+        """Seconds to the deadline, at least one millisecond."""
+        return max(self._deadline - time.monotonic(), 0.001)
+
+    def meet(self, hello: Hello) -> None:
+        """Learns who the others are, and that they want the same.
+
+        Raises:
+            MismatchError: Options differ between ranks.
+            VersionError, InternalError, CommTimeoutError, PeerLostError: See `records.decode` and `_fetch`.
+        """
+        self._publish(0, hello)
+        reference: Hello | None = None
+        for rank in range(self.nranks):
+            # Compared one by one: ranks that disagree on nranks would wait for somebody who never comes.
+            other = decode(Hello, self._fetch(0, rank), rank)
+            self.hellos.append(other)
+            if other.codec:  # else its arguments were refused; its outcome of the next stage says why
+                reference = reference or other
+                _compare(reference, other, self.number)
+
+    def stage(self, name: str, work: Callable[[], bytes]) -> list[bytes]:
+        """Does this rank's part of a stage, then compares outcomes: all return or all raise.
+
+        Returns:
+            The payloads of all ranks.
+
+        Raises:
+            Error: That of the lowest rank that failed, on every rank.
+        """
+        index = STAGES.index(name)
+        failure: Error | None = None
+        payload = b""
+        try:
+            payload = work()
+        except Error as error:
+            failure = error
+        except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+            failure = InternalError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+        self._publish(index, _outcome(self.rank, index, failure, payload))
+        outcomes = [decode(Outcome, self._fetch(index, rank), rank) for rank in range(self.nranks)]
+        for outcome in outcomes:
+            if outcome.code:
+                raise _joint(outcome) from (failure if outcome.rank == self.rank else None)
+            if outcome.stage != index:
+                raise InternalError(f"handshake from rank {outcome.rank}: stage {outcome.stage}, expected {index}")
+        return [outcome.payload for outcome in outcomes]
+
+    def give_up(self, cause: BaseException) -> None:
+        """Lets ranks that come later fail at once: publishes the cause as this rank's outcome of its next stage."""
+        index = max(self._published + 1, 1)
+        if index == len(STAGES):
+            return
+        error = cause if isinstance(cause, Error) else from_native("ABORTED", f"{type(cause).__name__}: {cause}")
+        try:
+            self._publish(index, _outcome(self.rank, index, error, b""))
+        except PeerLostError:
+            return  # the store itself is gone; the cause is on its way to the user already
+
+    def _publish(self, index: int, record: Hello | Outcome) -> None:
+        self._ask(self._store.set, f"{self._prefix}/{STAGES[index]}/{self.rank}", encode(record))
+        self._published = index
+
+    def _fetch(self, index: int, rank: int) -> bytes:
+        """Waits for one rank's record of a stage."""
+        key = f"{self._prefix}/{STAGES[index]}/{rank}"
+        pause, look = FIRST_PAUSE_S, time.monotonic() + LIVENESS_PERIOD_S
+        while not self._ask(self._store.check, [key]):
+            now = time.monotonic()
+            if now >= self._deadline:
+                raise self._timed_out(index)
+            if now >= look:
+                self._check_alive(index, rank)
+                look = now + LIVENESS_PERIOD_S
+            time.sleep(min(pause, max(self._deadline - now, 0.0)))
+            pause = min(2 * pause, LAST_PAUSE_S)
+        return bytes(self._ask(self._store.get, key))
+
+    def _timed_out(self, index: int) -> Error:
+        stage = STAGES[index]
+        keys = [f"{self._prefix}/{stage}/{rank}" for rank in range(self.nranks)]
+        missing = tuple(rank for rank, key in enumerate(keys) if not self._ask(self._store.check, [key]))
+        return CommTimeoutError(
+            f"communicator #{self.number}: ranks {list(missing)} did not reach stage '{stage}' in "
+            f"{self._timeout_s:g} s. Does every rank of the group construct it, in the same order?",
+            waiting_for=missing,
+        )
+
+    def _check_alive(self, index: int, rank: int) -> None:
+        """Raises PeerLostError where the awaited rank is a process we can see, and it is gone."""
+        if rank >= len(self.hellos):
+            return
+        peer, me = self.hellos[rank], self.hellos[self.rank] if self.rank < len(self.hellos) else None
+        if me is None or (peer.boot_id, peer.pid_namespace) != (me.boot_id, me.pid_namespace):
+            return
+        if process_start_time(peer.pid) != peer.start_time:
+            raise PeerLostError(
+                f"rank {rank} (pid {peer.pid}) disappeared before stage '{STAGES[index]}'; check dmesg/OOM", rank=rank
+            )
+
+    def _ask(self, call: Callable[..., T], *arguments: object) -> T:
+        """One store operation; a store that cannot be reached is a lost peer (rank 0 usually hosts it)."""
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            raise PeerLostError(f"the torch store failed: {error}. Has the process that hosts it ended?") from error
+
+
+def hello_of(site: Site, options: Options | None) -> Hello:
+    """This process's own record. Without options (they were refused) the codec is empty."""
+    pid = os.getpid()
+    return Hello(
+        rank=site.rank,
+        nranks=site.nranks,
+        pid=pid,
+        uid=os.getuid(),
+        net_namespace=Path("/proc/self/ns/net").stat().st_ino,
+        pid_namespace=Path("/proc/self/ns/pid").stat().st_ino,
+        start_time=process_start_time(pid),
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        hostname=socket.gethostname(),
+        group=site.label,
+        codec=options.codec if options else "",
+        engine=options.engine if options else "",
+        algorithm=options.algorithm if options else "",
+        bucket_cap_mb=options.bucket_cap_mb if options else 0.0,
+        arena_bytes=options.arena_bytes if options else 0,
+    )
+
+
+def process_start_time(pid: int) -> int:
+    """Clock ticks since boot at which a process started; 0 where it has ended (a zombie has)."""
+    try:
+        # After the name, which may hold spaces and parentheses: state, ppid, ... start time is the 20th from there.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _compare(a: Hello, b: Hello, number: int) -> None:
+    """Raises MismatchError for the first option in which two ranks differ. Time limits may differ."""
+    for field in ("nranks", "group", "engine", "codec", "algorithm", "bucket_cap_mb", "arena_bytes", "uid"):
+        ours, theirs = getattr(a, field), getattr(b, field)
+        if ours != theirs:
+            raise MismatchError(
+                f"communicator #{number}: {field}: rank {a.rank} has {ours!r}, rank {b.rank} has {theirs!r}. "
+                "Construct communicators with the same options, in the same order, on all ranks."
+            )
+
+
+def _outcome(rank: int, index: int, failure: Error | None, payload: bytes) -> Outcome:
+    if failure is None:
+        assert len(payload) <= PAYLOAD_BYTES
+        return Outcome(rank, index, "", 0, -1, "", payload)
+    waiting = getattr(failure, "waiting_for", ())
+    flags = [peer in waiting for peer in range(max(waiting, default=-1) + 1)]
+    lost_rank, errno = getattr(failure, "rank", -1), getattr(failure, "errno", None) or 0
+    return Outcome(rank, index, failure.code, errno, lost_rank, bare_message(failure), bitmap(flags))
+
+
+def _joint(outcome: Outcome) -> Error:
+    """The error of the rank that failed, as every rank raises it."""
+    where = STAGES[outcome.stage] if outcome.stage < len(STAGES) else str(outcome.stage)
+    text = f"rank {outcome.rank}, stage '{where}': {outcome.message}"
+    waiting_for = ranks_in(outcome.payload)
+    return from_native(outcome.code, text, outcome.lost_rank, waiting_for, outcome.errno)
