@@ -1,7 +1,7 @@
 """Verifies and times one size of all-reduce, dpcomm beside gloo. It knows no command line and prints nothing.
 
-Both libraries run in the same processes on the same buffer, in turns of TURN_CALLS calls. No barrier lies between the
-calls of a turn; its first call is not timed, since it is where the ranks meet. The slowest rank's time counts.
+Both libraries run in the same processes on the same buffer, in turns. No barrier lies between the calls of a turn; its
+first call is not timed, since it is where the ranks meet. The slowest rank's time counts.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from verification import Verdict, verify
 import dpcomm
 
 ELEM_BYTES = 4  # float32
-TURN_CALLS = 10  # few enough that repeated sums of unit Gaussians stay finite: 64 ranks reach 64^11 = 2^66
+REFILL_CALLS = 10  # few enough that repeated sums of unit Gaussians stay finite: 64 ranks reach 64^11 = 2^66
+# A turn of small calls is long enough (milliseconds) that what the other library's threads still do after its own turn
+# does not fill it: with turns of 10 calls of 3 us each, ten times as much was measured.
+TURN_BYTES, MOST_TURN_CALLS = 16 << 20, 250
 Allreduce = Callable[[Tensor], object]
 Advance = Callable[[int], object]  # told how many calls were made
 
@@ -42,13 +45,26 @@ class Row:
     ratio: float | None  # gloo's median over dpcomm's
 
 
+def turn_calls(elems: int) -> int:
+    """How many calls of one size make a turn."""
+    return max(REFILL_CALLS, min(MOST_TURN_CALLS, TURN_BYTES // (elems * ELEM_BYTES)))
+
+
+def planned_calls(elems: int, iterations: int, warmup: int) -> int:
+    """How many calls of one size time_in_turns() makes for each subject."""
+    turn = turn_calls(elems)
+    return (-(-warmup // turn) + -(-iterations // turn)) * turn
+
+
 def time_turn(allreduce: Allreduce, x: Tensor, source: Tensor, calls: int) -> list[int]:
     """Nanoseconds of each of `calls` successive calls on this rank, after one untimed call."""
     x.copy_(source)
     allreduce(x)
     clock = time.perf_counter_ns
     times = []
-    for _ in range(calls):
+    for call in range(calls):
+        if call % REFILL_CALLS == 0:
+            x.copy_(source)
         start = clock()
         allreduce(x)
         times.append(clock() - start)
@@ -58,18 +74,24 @@ def time_turn(allreduce: Allreduce, x: Tensor, source: Tensor, calls: int) -> li
 def time_in_turns(
     subjects: dict[str, Allreduce], elems: int, iterations: int, warmup: int, advance: Advance
 ) -> dict[str, list[float]]:
-    """Microseconds of each call of each subject, on the slowest rank. Collective; `advance` hears of calls made."""
+    """Microseconds of each call of each subject, on the slowest rank. Collective; `advance` hears of calls made.
+
+    Every subject makes at least `iterations` timed calls, rounded up to whole turns, after `warmup` rounded up likewise.
+    """
     source = torch.randn(elems, generator=torch.Generator().manual_seed(dist.get_rank()))
     x = torch.empty_like(source)
     times: dict[str, list[int]] = {name: [] for name in subjects}
-    for done in range(-warmup, iterations, TURN_CALLS):
-        calls = min(TURN_CALLS, iterations - done)
+    turn = turn_calls(elems)
+    warmup_turns, timed_turns = -(-warmup // turn), -(-iterations // turn)
+    for done in range(-warmup_turns, timed_turns):
         for name, allreduce in subjects.items():
-            times[name] += time_turn(allreduce, x, source, calls)
-            advance(calls)
+            measured = time_turn(allreduce, x, source, turn)
+            if done >= 0:
+                times[name] += measured
+            advance(turn)
     slowest = {}
     for name, nanoseconds in times.items():
-        timed = torch.tensor(nanoseconds[-iterations:], dtype=torch.int64)
+        timed = torch.tensor(nanoseconds, dtype=torch.int64)
         dist.all_reduce(timed, dist.ReduceOp.MAX)
         slowest[name] = (timed / 1e3).tolist()
     return slowest

@@ -152,6 +152,11 @@ def check_overlap(parts: Sequence[Segment]) -> None:
                 )
 
 
+def is_whole_storage(x: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous and begins where its storage does, as DDP expects of a hook's result."""
+    return x.is_contiguous() and x.storage_offset() == 0
+
+
 def digest(x: Array) -> tuple[str, int]:
     """What a tensor is ("float32[3, 4]"), and 63 bits of a hash of its bytes."""
     tensor = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))

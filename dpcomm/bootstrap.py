@@ -11,6 +11,7 @@ verify     first calls went through
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 from typing import Any
 
@@ -22,6 +23,8 @@ from dpcomm.errors import ArgumentError, Error, UnsupportedError
 from dpcomm.options import Options
 from dpcomm.records import Hello, bitmap, ranks_in
 from dpcomm.rendezvous import Rendezvous, Site, hello_of
+
+logger = logging.getLogger("dpcomm")
 
 ENDPOINT_BYTES = SECRET_BYTES = 32
 
@@ -120,7 +123,11 @@ def _build_shm(meeting: Rendezvous, options: Options) -> _native.Comm:
     _check_reach([set(ranks_in(payload)) for payload in reached], meeting.hellos)
 
     def bind() -> bytes:
-        builder.bind(secret, meeting.remaining_s())
+        try:
+            builder.bind(secret, meeting.remaining_s())
+        finally:
+            for text in builder.warnings():
+                logger.warning("rank %d: %s", rank, text)
         return b""
 
     def verify() -> bytes:

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, in a way t
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 
+from dpcomm import arrays
 from dpcomm import options as opt
 from dpcomm.communicator import EXIT_GRACE_S, Communicator
 from dpcomm.completer import Completer
@@ -99,7 +100,7 @@ class HookState:
         buffer = bucket.buffer().detach()  # with create_graph=True it requires grad
         if buffer.layout is not torch.strided:
             return self._start_sparse(comm, buffer)
-        if buffer.storage_offset() != 0 or not buffer.is_contiguous():
+        if not arrays.is_whole_storage(buffer):
             # DDP would read the result from the wrong place, silently.
             raise InternalError(f"bucket {bucket.index()} is not a whole storage. Is another hook wrapped around this?")
         request = self._request(comm, buffer.dtype)

@@ -17,9 +17,9 @@ struct None {
   DPCOMM_HD static Scale scale(Lanes&, const Values&) {
     return {};
   }
-  DPCOMM_HD static Vec<Code> encode(Scale, const Vec<Acc>& v) { return Element::narrow(v); }
-  DPCOMM_HD static Vec<Acc> decode(Scale, const Vec<Code>& c) { return Element::widen(c); }
-  DPCOMM_HD static int8_t to_wire(Scale) { return 0; }
+  DPCOMM_HD static Vec<Code> encode(const Scale&, const Vec<Acc>& v) { return Element::narrow(v); }
+  DPCOMM_HD static Vec<Acc> decode(const Scale&, const Vec<Code>& c) { return Element::widen(c); }
+  DPCOMM_HD static int8_t to_wire(const Scale&) { return 0; }
   DPCOMM_HD static Scale from_wire(int8_t) { return {}; }
 };
 

@@ -32,8 +32,8 @@ struct Direct {
   DPCOMM_HD void give(int64_t slice) {
     lanes.phase(Phase::put);
     const uint32_t number = given + uint32_t(slice);
-    for (int step = 1; step < t.nranks; ++step) {  // my neighbour first: not all at rank 0 at once
-      const int owner = (t.rank + step) % t.nranks;
+    for (int step = 1; step < t.nranks + Codec::scaled; ++step) {  // my neighbour first: not all at rank 0 at once
+      const int owner = (t.rank + step) % t.nranks;                // myself last, if at all
       const Range range = chunks.range(slice, owner);
       put<Codec>(lanes, bucket, range, message(kGiven, t.rank, owner, number, range));
     }
@@ -50,16 +50,17 @@ struct Direct {
     const uint32_t number = results + uint32_t(slice);
     const auto in = [&](int r) { return message(kGiven, r, t.rank, given + uint32_t(slice), range); };
     const auto out = message(kResult, t.rank, t.rank == 0, number, range);  // in shared memory: any reader's
+    const auto nranks = Codec::Element::divisor(t.nranks);
     each_memory<Codec, true>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;
-      add_up<Codec>(lanes, t, op, memory, at, in, total);
+      add_up<Codec>(t, op, nranks, memory, at, in, total);
       const auto scale = Codec::scale(lanes, total);
       if (t.shared)
         push<Codec>(lanes, out, at, scale, total);
       else
         for (int r = 0; r < t.nranks; ++r)
           if (r != t.rank) push<Codec>(lanes, message(kResult, t.rank, r, number, range), at, scale, total);
-      const Own<Codec, const Total<Codec, Lanes>&> adopted{total, scale};
+      const Rounded<Codec, Total<Codec, Lanes>> adopted{total, scale};
       DPCOMM_UNROLL
       for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, adopted(i));
     });

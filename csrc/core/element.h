@@ -24,14 +24,21 @@ struct Real {
   }
   // One IEEE division. Dividing by a power of two and multiplying by its inverse are the same rounding of the same
   // number, and the latter is several times faster.
-  DPCOMM_HD static Vec<Acc> divided(const Vec<Acc>& a, int n) {
-    const Acc by = static_cast<Acc>(n), inverse = 1 / by;
-    if ((n & (n - 1)) == 0) return map([inverse](auto x) { return x * inverse; }, a);
+  struct Divisor {
+    Acc by, inverse;
+    bool exact;
+  };
+  DPCOMM_HD static Divisor divisor(int n) {
+    return {static_cast<Acc>(n), 1 / static_cast<Acc>(n), (n & (n - 1)) == 0};
+  }
+  DPCOMM_HD static Vec<Acc> divided(const Vec<Acc>& a, const Divisor& d) {
+    const Acc by = d.by, inverse = d.inverse;
+    if (d.exact) return map([inverse](auto x) { return x * inverse; }, a);
     return map([by](auto x) { return x / by; }, a);
   }
   // One NaN for all: which operand's payload survives an addition is the compiler's choice.
   DPCOMM_HD static Vec<Acc> canonical(const Vec<Acc>& a) {
-    return map([](auto x) { return x != x ? decltype(x){} + bit_cast<Acc>(static_cast<Bits>(kNan)) : x; }, a);
+    return map([](auto x) { return x != x ? alike(x, bit_cast<Acc>(static_cast<Bits>(kNan))) : x; }, a);
   }
 
  private:
@@ -50,6 +57,8 @@ struct Whole {
   using Acc = Acc_;
   using Stored = Acc_;
   static constexpr bool real = false;
+  struct Divisor {};  // whole numbers have no mean
+  DPCOMM_HD static Divisor divisor(int) { return {}; }
 
   DPCOMM_HD static Vec<Acc> plus(const Vec<Acc>& a, const Vec<Acc>& b) {
     return map([](auto x, auto y) { return same_bits<Acc>(uns(x) + uns(y)); }, a, b);

@@ -1,15 +1,17 @@
 // What ranks share: plain data, no code, the same for every instruction set and device. No pointers: ranks map an arena
 // at different addresses.
 //
-//   arena of a rank:   [Mailbox][slots of stream kGiven: peer 0 .. N-2][slots of stream kResult]
+//   arena of a rank:   [Mailbox][slots of stream kGiven: writer 0 .. N-1][slots of stream kResult: mine, or writer 0 ..
+//   N-1]
 #pragma once
 #include "header.h"
 
 namespace dpcomm {
 
 // Two streams of messages, each with its own slots, flags and counter.
-//   kGiven    one reader each: what I contribute to the chunk that the reader owns
-//   kResult   the same bytes for all readers: results of the chunk I own (direct), or my whole contribution (oneshot)
+//   kGiven    one reader each: what I contribute to the chunk that the reader owns (to myself, too, where the codec
+//   loses bits) kResult   the same bytes for all readers: results of the chunk I own (direct), or my whole contribution
+//   (oneshot)
 enum Stream { kGiven, kResult, kStreams };
 
 // A line of its own (two: processors fetch them in pairs). One writer; it only ever counts up, and wraps.

@@ -22,17 +22,18 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
     const Range range = chunks.range(c, 0);
     lanes.phase(Phase::put);
     for (int r = 0; r < t.nranks; ++r)
-      if (t.shared ? r == (t.rank == 0) : r != t.rank)  // in shared memory once, for all readers
+      if (t.shared ? r == (t.rank == 0) : Codec::scaled || r != t.rank)  // in shared memory once, for all readers
         put<Codec>(lanes, bucket, range, Message<Codec>{slot(t, kResult, t.rank, r, number), range.groups});
     post_peers(lanes, t, kResult, number + 1);                     // (3)
     if (!wait_peers(lanes, t, kResult, number + 1)) return false;  // pairs with (3)
     if (c == 0 && !agree(lanes, t, header)) return false;          // nothing has been written to user memory yet
     lanes.phase(Phase::reduce);
     const auto in = [&](int r) { return Message<Codec>{slot(t, kResult, r, t.rank, number), range.groups}; };
+    const auto nranks = Codec::Element::divisor(t.nranks);
     each_memory<Codec, true>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;
-      add_up<Codec>(lanes, t, op, memory, at, in, total);
-      const Own<Codec, const Total<Codec, Lanes>&> rounded{total, Codec::scale(lanes, total)};
+      add_up<Codec>(t, op, nranks, memory, at, in, total);
+      const Rounded<Codec, Total<Codec, Lanes>> rounded{total, Codec::scale(lanes, total)};
       DPCOMM_UNROLL
       for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, rounded(i));
     });

@@ -88,6 +88,7 @@ DPCOMM_HD void set_once(uint64_t* word, uint64_t desired) {
 #if defined(__CUDACC__)
 constexpr int kVec = 8;         // two 16-byte loads of floats, one 16-byte store of halves
 constexpr int kVecAlign = 16;   // what a whole access needs
+constexpr bool kNanSurvives = false;  // arithmetic answers any NaN with 0x7fffffff
 template <class T>
 struct alignas(16) Vec {
   T at[kVec];
@@ -114,10 +115,18 @@ DPCOMM_HD int32_t bits(float x) { return bit_cast<int32_t>(x); }
 DPCOMM_HD int64_t bits(double x) { return bit_cast<int64_t>(x); }
 DPCOMM_HD uint32_t uns(int32_t x) { return static_cast<uint32_t>(x); }
 DPCOMM_HD uint64_t uns(int64_t x) { return static_cast<uint64_t>(x); }
+template <class T>
+DPCOMM_HD T alike(T, T value) { return value; }  // `value` in the shape of the other; 0 + NaN is another NaN on a GPU
 template <class T, class F>
 DPCOMM_HD T same_bits(F x) { return bit_cast<T>(x); }
 template <class T, class F>
 DPCOMM_HD T convert(F x) { return static_cast<T>(x); }
+template <class T>
+using Uniform = T;
+template <class T>
+DPCOMM_HD Uniform<T> uniform(T x) { return x; }
+template <class T>
+DPCOMM_HD T first(T x) { return x; }
 
 #else
 #if defined(__AVX512F__)
@@ -126,6 +135,7 @@ constexpr int kVec = 16;
 constexpr int kVec = 8;
 #endif
 constexpr int kVecAlign = 1;
+constexpr bool kNanSurvives = true;  // a canonical NaN times a number is a canonical NaN
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVec * sizeof(T))));
@@ -144,10 +154,20 @@ DPCOMM_HD Vec<int32_t> bits(Vec<float> v) { return (Vec<int32_t>)v; }
 DPCOMM_HD Vec<int64_t> bits(Vec<double> v) { return (Vec<int64_t>)v; }
 DPCOMM_HD Vec<uint32_t> uns(Vec<int32_t> v) { return (Vec<uint32_t>)v; }
 DPCOMM_HD Vec<uint64_t> uns(Vec<int64_t> v) { return (Vec<uint64_t>)v; }
+template <class V, class T>
+DPCOMM_HD V alike(const V&, T value) { return V{} + value; }
 template <class T, class V>
 DPCOMM_HD Vec<T> same_bits(V v) { return (Vec<T>)v; }
 template <class T, class V>
 DPCOMM_HD Vec<T> convert(V v) { return __builtin_convertvector(v, Vec<T>); }
+// One value for a whole group. On the host it stays in a vector register, every element alike: going through a scalar
+// register and back costs 13 cycles in the longest chain of a group.
+template <class T>
+using Uniform = Vec<T>;
+template <class T>
+DPCOMM_HD Uniform<T> uniform(T x) { return splat(x); }
+template <class V>
+DPCOMM_HD auto first(V v) { return v[0]; }
 #endif
 
 // Whole vectors. `from` and `to` are aligned to kVecAlign.
@@ -207,7 +227,7 @@ DPCOMM_HD void stream(T* to, const Vec<T>& v) {
 }
 #endif
 
-DPCOMM_HD int32_t max_element(const Vec<int32_t>& v) {
+DPCOMM_HD Uniform<int32_t> max_element(const Vec<int32_t>& v) {
 #if defined(__CUDACC__)
   int32_t m = v.at[0];
   DPCOMM_UNROLL
@@ -220,7 +240,7 @@ DPCOMM_HD int32_t max_element(const Vec<int32_t>& v) {
     const Vec<int32_t> other = __builtin_shuffle(m, lane ^ step);
     m = m > other ? m : other;
   }
-  return m[0];
+  return m;
 #endif
 }
 
@@ -261,6 +281,16 @@ DPCOMM_HD Vec<uint16_t> to_half(const Vec<float>& v) {
   Vec<uint16_t> h = splat<uint16_t>(0);
   for (int k = 0; k < kVec; ++k) set_element(h, k, half_bits(element(v, k)));
   return h;
+#endif
+}
+// The same, where no element is a NaN.
+DPCOMM_HD Vec<uint16_t> to_half_finite(const Vec<float>& v) {
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+  return (Vec<uint16_t>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && !defined(__CUDACC__)
+  return (Vec<uint16_t>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return to_half(v);
 #endif
 }
 DPCOMM_HD Vec<float> from_half(const Vec<uint16_t>& h) {

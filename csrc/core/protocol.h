@@ -8,6 +8,7 @@
 //   post(flag, value)             this lane publishes value (release)
 //   group_max(m)                  maximum over the lanes that share a group
 //   push(p, v)                    writes a vector that a peer will read
+//   soon(x)                       user memory some way behind x will be read: a hint
 //   phase(p), nonfinite_group()   statistics
 #pragma once
 #include "chunks.h"
@@ -35,17 +36,16 @@ struct Message {
 };
 
 // Whose mailbox holds what `writer` has for `reader`: his who polls it, except for results in shared memory, which are
-// written once and lie with their writer.
+// written once and lie with their writer. A rank has slots for itself, too.
 DPCOMM_HD char* slot(const Team& t, Stream stream, int writer, int reader, uint32_t number) {
   const int home = t.shared && stream == kResult ? writer : reader;
-  const int place = (writer + t.nranks - reader - 1) % t.nranks;  // of this writer among the reader's peers
-  const int64_t lane = stream == kGiven ? place : t.nranks - 1 + (t.shared ? 0 : place);
+  const int64_t lane = stream == kGiven ? writer : t.nranks + (t.shared ? 0 : writer);
   char* slots = reinterpret_cast<char*>(t.box[home]) + sizeof(Mailbox);
-  return slots + (lane * t.slots + number % static_cast<uint32_t>(t.slots)) * t.slot_bytes;
+  return slots + (lane * t.slots + int64_t(number & uint32_t(t.slots - 1))) * t.slot_bytes;
 }
-// Slots that an arena has room for, and the bytes of the whole arena.
+// Bytes of a mailbox and its slots.
 DPCOMM_HD int64_t arena_bytes(int nranks, int slots, int64_t slot_bytes, bool shared) {
-  return static_cast<int64_t>(sizeof(Mailbox)) + (shared ? nranks : 2 * (nranks - 1)) * int64_t{slots} * slot_bytes;
+  return static_cast<int64_t>(sizeof(Mailbox)) + (nranks + (shared ? 1 : nranks)) * int64_t{slots} * slot_bytes;
 }
 
 // Every lane returns once every peer's flag has reached `value`: what they wrote before is visible to all lanes then.

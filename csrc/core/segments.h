@@ -44,23 +44,34 @@ struct Unit {
   int64_t at;
 };
 
-// Calls body(unit, whole) for the units of this lane, `width` elements each, in a range of groups.
-// `whole` is decided per group, so that lanes which share a group agree; it means full, and aligned for wide access.
+// Calls body(unit, whole) for the units of this lane, `width` elements each, in a range of groups. `whole` is decided
+// per group, so that lanes which share a group agree; it means full, and aligned for wide access.
+//
+// Groups come in runs: the whole groups of a segment, then its short last one. All that depends on the segment is
+// worked out once a run.
 template <class T, int width, class Lanes, class Body>
 DPCOMM_HD void each_unit(const Lanes& lanes, const Bucket& bucket, Range range, Body body) {
   constexpr int units = kGroup / width;
-  if (range.groups <= 0) return;
-  int64_t s = segment_of(bucket, range.first);
-  for (int64_t u = lanes.index(); u < range.groups * units; u += lanes.count()) {
+  const int64_t end = range.groups * units;
+  int64_t u = lanes.index();
+  if (u >= end) return;
+  for (int64_t s = segment_of(bucket, range.first + u / units); u < end;) {
     const int64_t g = range.first + u / units;
     while (s + 1 < bucket.count && bucket.segments[s + 1].first_group <= g) ++s;
     const Segment& segment = bucket.segments[s];
-    const int64_t begin = (g - segment.first_group) * kGroup, left = segment.elems - begin;
-    const int offset = int(u % units) * width;
-    const int64_t mine = left - offset;
-    T* x = reinterpret_cast<T*>(segment.data) + begin + offset;
-    const bool aligned = kVecAlign == 1 || reinterpret_cast<uintptr_t>(segment.data) % kVecAlign == 0;
-    body(Unit<T>{x, int(mine < 0 ? 0 : mine < width ? mine : width), u * width}, left >= kGroup && aligned);
+    const int64_t whole_end = segment.first_group + segment.elems / kGroup;
+    const bool is_short = g >= whole_end;
+    const int64_t run_end = ((is_short ? whole_end + 1 : whole_end) - range.first) * units;
+    const bool whole = !is_short && (kVecAlign == 1 || reinterpret_cast<uintptr_t>(segment.data) % kVecAlign == 0);
+    T* const x =
+        reinterpret_cast<T*>(segment.data) + (range.first - segment.first_group) * kGroup;  // of message element 0
+    const int64_t left =
+        segment.elems - (range.first - segment.first_group) * kGroup;  // from there to the segment's end
+    for (; u < run_end && u < end; u += lanes.count()) {
+      const int64_t mine = left - u * width;
+      const int count = is_short ? int(mine < 0 ? 0 : mine < width ? mine : width) : width;
+      body(Unit<T>{x + u * width, count, u * width}, whole);
+    }
   }
 }
 

@@ -31,10 +31,10 @@ struct Incoming {
   DPCOMM_HD Vec<typename Codec::Acc> operator()(int i) const { return Codec::decode(scale, load(codes + i * kVec)); }
 };
 
-// My own contribution as the others see it: a codec that loses bits loses them here too, else replicas would differ.
+// Values as they come back from the wire: a codec that loses bits loses them here too, else replicas would differ.
 template <class Codec, class Values>
-struct Own {
-  Values values;
+struct Rounded {
+  const Values& values;
   typename Codec::Scale scale;
   DPCOMM_HD Vec<typename Codec::Acc> operator()(int i) const {
     if constexpr (!Codec::scaled) return values(i);
@@ -73,7 +73,7 @@ struct Total {
         return each([&](int i, const auto& t) { return Element::most(t, v(i)); });
     }
   }
-  DPCOMM_HD void finish(Op op, int nranks) {
+  DPCOMM_HD void finish(Op op, const typename Element::Divisor& nranks) {
     if constexpr (Element::real) {
       if (op == Op::mean) each([&](int, const auto& t) { return Element::divided(t, nranks); });
       if constexpr (!Codec::scaled) each([](int, const auto& t) { return Element::canonical(t); });
@@ -103,7 +103,8 @@ DPCOMM_HD void each_memory(Lanes& lanes, const Bucket& bucket, Range range, Body
 
 // One pack of values into a message.
 template <class Codec, class Lanes, class Values>
-DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, typename Codec::Scale scale, const Values& v) {
+DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, const typename Codec::Scale& scale,
+                    const Values& v) {
   DPCOMM_UNROLL
   for (int i = 0; i < Lanes::template vectors<Codec>; ++i)
     lanes.push(m.codes(at) + i * kVec, Codec::encode(scale, v(i)));
@@ -114,6 +115,7 @@ DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, typename 
 template <class Codec, class Lanes>
 DPCOMM_HD void put(Lanes& lanes, const Bucket& bucket, Range range, const Message<Codec>& out) {
   each_memory<Codec, false>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
+    lanes.soon(memory.unit.x);
     push<Codec>(lanes, out, at, Codec::scale(lanes, memory), memory);
   });
 }
@@ -128,22 +130,23 @@ DPCOMM_HD void get(Lanes& lanes, const Bucket& bucket, Range range, const Messag
   });
 }
 
-// total = everyone's contribution to one unit, in rank order; in(r) is the message of rank r.
+// total = everyone's contribution to one unit, in rank order; in(r) is the message of rank r. My own comes from user
+// memory, but from my message to myself where the codec loses bits: the sum is of what all others would see.
 template <class Codec, class Lanes, class Memory, class Messages>
-DPCOMM_HD void add_up(Lanes& lanes, const Team& t, Op op, const Memory& memory, int64_t at, const Messages& in,
-                      Total<Codec, Lanes>& total) {
-  const Own<Codec, Memory> own{memory, Codec::scale(lanes, memory)};
-  if (t.rank == 0)
-    total.start(own);
+DPCOMM_HD void add_up(const Team& t, Op op, const typename Codec::Element::Divisor& nranks, const Memory& memory,
+                      int64_t at, const Messages& in, Total<Codec, Lanes>& total) {
+  const int own = Codec::scaled ? -1 : t.rank;
+  if (own == 0)
+    total.start(memory);
   else
     total.start(Incoming<Codec>(in(0), at));
   for (int r = 1; r < t.nranks; ++r) {
-    if (r == t.rank)
-      total.fold(op, own);
+    if (r == own)
+      total.fold(op, memory);
     else
       total.fold(op, Incoming<Codec>(in(r), at));
   }
-  total.finish(op, t.nranks);
+  total.finish(op, nranks);
 }
 
 }  // namespace DPCOMM_ISA

@@ -8,19 +8,22 @@ namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
 // flatten: every lambda of the core must be inlined; called, it spills its captures for each group.
-template <class Codec>
+template <class Codec, Store how>
 __attribute__((flatten)) static bool run_direct(const KernelCall& call) {
-  HostLanes lanes{call};
+  HostLanes<how> lanes{call};
   return direct<Codec>(lanes, call.team, call.bucket, call.header);
 }
-template <class Codec>
+template <class Codec, Store how>
 __attribute__((flatten)) static bool run_oneshot(const KernelCall& call) {
-  HostLanes lanes{call};
+  HostLanes<how> lanes{call};
   return oneshot<Codec>(lanes, call.team, call.bucket, call.header);
 }
 template <class Codec>
 static bool run_codec(const KernelCall& call) {
-  return Algorithm(call.header.algorithm) == Algorithm::oneshot ? run_oneshot<Codec>(call) : run_direct<Codec>(call);
+  const bool streaming = call.store == Store::streaming;
+  if (Algorithm(call.header.algorithm) == Algorithm::oneshot)
+    return streaming ? run_oneshot<Codec, Store::streaming>(call) : run_oneshot<Codec, Store::plain>(call);
+  return streaming ? run_direct<Codec, Store::streaming>(call) : run_direct<Codec, Store::plain>(call);
 }
 
 bool run(const KernelCall& call) {

@@ -8,6 +8,7 @@
 namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
+template <Store how>
 struct HostLanes {
   template <class Codec>
   static constexpr int vectors = Codec::scaled ? kGroup / kVec : 8;
@@ -16,7 +17,7 @@ struct HostLanes {
   int index() const { return 0; }
   int count() const { return 1; }
   bool sync(bool ok) const { return ok; }
-  int32_t group_max(int32_t m) const { return m; }
+  Uniform<int32_t> group_max(Uniform<int32_t> m) const { return m; }
 
   bool wait(Flag* flag, uint32_t value, int peer) const {
     if (load_acquire(call.waiting.failure) != 0) return false;  // once a slice: somebody gave up
@@ -30,7 +31,7 @@ struct HostLanes {
   }
   void post(Flag* flag, uint32_t value) const {
 #if defined(__SSE2__)
-    if (call.store == Store::streaming) _mm_sfence();  // streaming stores are not ordered by the flag's
+    if constexpr (how == Store::streaming) _mm_sfence();  // streaming stores are not ordered by the flag's
 #endif
     post_and_wake(flag, value);
   }
@@ -38,9 +39,17 @@ struct HostLanes {
   template <class T>
   DPCOMM_HD void push(T* to, const Vec<T>& v) const {
 #if defined(__SSE2__)
-    if (call.store == Store::streaming) return stream(to, v);
+    if constexpr (how == Store::streaming) return stream(to, v);
 #endif
     store(to, v);
+  }
+
+  // Encoding reads a group twice, and its first pass waits for memory with little else to do. 4 KiB ahead is four groups
+  // of floats: 10 % at 4 MiB and above (docs/performance.md).
+  template <class T>
+  DPCOMM_HD void soon(const T* x) const {
+    const char* ahead = reinterpret_cast<const char*>(x) + 4096;
+    for (int i = 0; i < int(kGroup * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
   }
 
   void phase(Phase p) const { call.tally.enter(p); }

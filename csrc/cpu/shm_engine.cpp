@@ -14,10 +14,10 @@ namespace dpcomm {
 
 namespace {
 
-constexpr int kSlots = 64;  // many small ones: a line is reused long after its reader dropped it (docs/performance.md)
-constexpr int64_t kMostSlotBytes = 66 * 1024;  // 64 KiB of codes and their exponents
+constexpr int kSlots = 16;  // docs/performance.md compares 4 to 64
+constexpr int64_t kMostSlotBytes = 33 * 1024;  // 32 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
-constexpr int64_t kSliceBytes = 64 * 1024;
+constexpr int64_t kSliceBytes = 32 * 1024;
 
 int processors() {
   cpu_set_t set;
@@ -37,7 +37,7 @@ Geometry geometry(int nranks, int64_t arena_bytes) {
     return int64_t(sizeof(ControlPage)) + dpcomm::arena_bytes(nranks, slots, bytes, true);
   };
   for (int slots = kSlots; slots >= 4; slots /= 2) {
-    const int64_t room = (arena_bytes - total(slots, 0)) / (int64_t{nranks} * slots) / 128 * 128;
+    const int64_t room = (arena_bytes - total(slots, 0)) / (int64_t{nranks + 1} * slots) / 128 * 128;
     if (room < kLeastSlotBytes) continue;
     const int64_t bytes = std::min(room, kMostSlotBytes);
     return {nranks, slots, bytes, std::min(bytes, kSliceBytes), (total(slots, bytes) + 4095) / 4096 * 4096};

@@ -54,6 +54,7 @@ class ShmEngine final : public Engine, private Patience {
   void timed_out(const Flag* flag, uint32_t value, int peer) override;
   void join(int rank, const Geometry& geometry);
   void watch_peers();
+  void touch_all_slots(const Call& call);
   double fastest_call(Call& call, Store store);
   void check_pattern();
 
