@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BENCH_FLAGS ?= -b 4K -e 100M -f 4 --ranks 2 --codec none --vs gloo
+BENCH_FLAGS ?= --json benchmarks/results/allreduce-2ranks.json --plot benchmarks/results/allreduce-2ranks.png
 
 requirements := $(wildcard requirements/*.txt)
 # Folders are listed too: their time changes when a file comes or goes.

@@ -36,7 +36,8 @@ using Addresses = std::vector<uintptr_t>;
 using Counts = std::vector<int64_t>;
 
 Call make_call(const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm, int bucket) {
-  if (addresses.size() != counts.size()) throw Error(Code::internal, "[dpcomm:INTERNAL] addresses and counts differ in length");
+  if (addresses.size() != counts.size())
+    throw Error(Code::internal, "[dpcomm:INTERNAL] addresses and counts differ in length");
   Call call;
   for (const uintptr_t a : addresses) call.addresses.push_back(reinterpret_cast<char*>(a));
   call.counts = std::move(counts);
@@ -48,7 +49,8 @@ Call make_call(const Addresses& addresses, Counts counts, int dtype, int op, int
   return call;
 }
 
-void run(Queue& queue, const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm, int bucket) {
+void run(Queue& queue, const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm,
+         int bucket) {
   Call call = make_call(addresses, std::move(counts), dtype, op, codec, algorithm, bucket);
   Interrupt interrupt;
   call.interrupted = [&] { return interrupt.pending(); };
@@ -120,7 +122,8 @@ py::dict describe(Queue& queue) {
 template <class Bytes>
 Bytes fixed_bytes(const std::string& text, const char* what) {
   Bytes bytes;
-  if (text.size() != bytes.size()) throw Error(Code::internal, std::string("[dpcomm:INTERNAL] ") + what + " must have 32 bytes");
+  if (text.size() != bytes.size())
+    throw Error(Code::internal, std::string("[dpcomm:INTERNAL] ") + what + " must have 32 bytes");
   std::copy(text.begin(), text.end(), bytes.begin());
   return bytes;
 }
@@ -137,10 +140,12 @@ std::unique_ptr<Queue> finish(ShmBuilder& builder, double timeout_s, const std::
   return std::make_unique<Queue>(builder.finish(timeout_s, name));
 }
 
-std::vector<std::unique_ptr<Queue>> local_group(int nranks, int64_t arena_bytes, double timeout_s, const std::string& simd, const std::string& name) {
+std::vector<std::unique_ptr<Queue>> local_group(int nranks, int64_t arena_bytes, double timeout_s,
+                                                const std::string& simd, const std::string& name) {
   const py::gil_scoped_release no_gil;
   std::vector<std::unique_ptr<Queue>> group;
-  for (auto& engine : local_engines(nranks, arena_bytes, timeout_s, simd, name)) group.push_back(std::make_unique<Queue>(std::move(engine)));
+  for (auto& engine : local_engines(nranks, arena_bytes, timeout_s, simd, name))
+    group.push_back(std::make_unique<Queue>(std::move(engine)));
   return group;
 }
 
@@ -162,7 +167,8 @@ void add_constants(py::module_& m) {
 #endif
   m.attr("LAYOUT") = kLayout;
   m.attr("MAX_RANKS") = kMaxRanks;
-  m.attr("DTYPES") = table({Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64});
+  m.attr("DTYPES") =
+      table({Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64});
   m.attr("OPS") = table({Op::sum, Op::mean, Op::min, Op::max});
   m.attr("CODECS") = table({CodecKind::none, CodecKind::fp16});
   m.attr("ALGORITHMS") = table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot});
@@ -177,14 +183,61 @@ void add_functions(py::module_& m) {
       if (all[i].usable) names.push_back(all[i].name);
     return names;
   });
-  m.def("wire_bytes", [](int64_t elems, int dtype, int codec) {
-    return (elems + kGroup - 1) / kGroup * group_bytes(Dtype(dtype), CodecKind(codec));
-  }, py::arg("elems"), py::arg("dtype"), py::arg("codec"));
-  m.def("choose_algorithm", [](int64_t elems, int dtype, int codec, int nranks) {
-    return int(choose_algorithm((elems + kGroup - 1) / kGroup, Dtype(dtype), CodecKind(codec), nranks));
-  }, py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("nranks"));
-  m.def("local_group", &local_group, py::arg("nranks"), py::arg("arena_bytes"), py::arg("timeout_s"), py::arg("simd"), py::arg("name"));
+  m.def(
+      "wire_bytes",
+      [](int64_t elems, int dtype, int codec) {
+        return (elems + kGroup - 1) / kGroup * group_bytes(Dtype(dtype), CodecKind(codec));
+      },
+      py::arg("elems"), py::arg("dtype"), py::arg("codec"));
+  m.def(
+      "choose_algorithm",
+      [](int64_t elems, int dtype, int codec, int nranks) {
+        return int(choose_algorithm((elems + kGroup - 1) / kGroup, Dtype(dtype), CodecKind(codec), nranks));
+      },
+      py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("nranks"));
+  m.def("local_group", &local_group, py::arg("nranks"), py::arg("arena_bytes"), py::arg("timeout_s"), py::arg("simd"),
+        py::arg("name"));
 }
+
+#if defined(DPCOMM_WITH_CUDA)
+template <class Enum>
+void add_enum(py::class_<LoopbackCall>& c, const char* name, Enum LoopbackCall::* member) {
+  c.def_property(
+      name, [member](const LoopbackCall& call) { return int(call.*member); },
+      [member](LoopbackCall& call, int value) { call.*member = Enum(value); });
+}
+
+void add_cuda(py::module_& m) {
+  py::class_<LoopbackCall> c(m, "LoopbackCall");
+  c.def(py::init<>())
+      .def_readwrite("addresses", &LoopbackCall::addresses)
+      .def_readwrite("counts", &LoopbackCall::counts)
+      .def_readwrite("timeout_s", &LoopbackCall::timeout_s)
+      .def_readwrite("slots", &LoopbackCall::slots)
+      .def_readwrite("slot_bytes", &LoopbackCall::slot_bytes)
+      .def_readwrite("first_message", &LoopbackCall::first_message)
+      .def_readwrite("calls", &LoopbackCall::calls)
+      .def_readwrite("absent_rank", &LoopbackCall::absent_rank)
+      .def_readwrite("disagreeing_rank", &LoopbackCall::disagreeing_rank);
+  add_enum(c, "dtype", &LoopbackCall::dtype);
+  add_enum(c, "op", &LoopbackCall::op);
+  add_enum(c, "codec", &LoopbackCall::codec);
+  add_enum(c, "algorithm", &LoopbackCall::algorithm);
+  m.def("cuda_reason", &cuda_unusable_reason);
+  m.def(
+      "loopback_allreduce",
+      [](const LoopbackCall& call) {
+        const py::gil_scoped_release no_gil;
+        const LoopbackResult r = loopback_allreduce(call);
+        return std::make_pair(r.us, r.nonfinite_groups);
+      },
+      py::arg("call"));
+}
+#else
+void add_cuda(py::module_& m) {
+  m.def("cuda_reason", [] { return "this build has no CUDA: there was no nvcc, or DPCOMM_CUDA=OFF"; });
+}
+#endif
 
 void add_classes(py::module_& m) {
   py::class_<Job, std::shared_ptr<Job>>(m, "Job")
@@ -195,30 +248,42 @@ void add_classes(py::module_& m) {
   py::class_<Queue>(m, "Comm")
       .def_property_readonly("rank", [](Queue& q) { return q.engine().rank(); })
       .def_property_readonly("nranks", [](Queue& q) { return q.engine().nranks(); })
-      .def("run", &run, py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"), py::arg("codec"), py::arg("algorithm"), py::arg("bucket"))
-      .def("submit", [](Queue& q, const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm, int bucket) {
-        Call call = make_call(addresses, std::move(counts), dtype, op, codec, algorithm, bucket);
-        const py::gil_scoped_release no_gil;
-        return q.submit(std::move(call));
-      }, py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"), py::arg("codec"), py::arg("algorithm"), py::arg("bucket"))
+      .def("run", &run, py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"), py::arg("codec"),
+           py::arg("algorithm"), py::arg("bucket"))
+      .def(
+          "submit",
+          [](Queue& q, const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm,
+             int bucket) {
+            Call call = make_call(addresses, std::move(counts), dtype, op, codec, algorithm, bucket);
+            const py::gil_scoped_release no_gil;
+            return q.submit(std::move(call));
+          },
+          py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"), py::arg("codec"),
+          py::arg("algorithm"), py::arg("bucket"))
       .def("check", [](Queue& q) { q.engine().check(); })
-      .def("abort", [](Queue& q, const std::string& reason) { q.engine().abort(reason); }, py::arg("reason"))
+      .def(
+          "abort", [](Queue& q, const std::string& reason) { q.engine().abort(reason); }, py::arg("reason"))
       .def("close", &Queue::close, py::arg("grace_s"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", &Queue::closed)
       .def("stats", &stats, py::arg("reset"))
       .def("describe", &describe);
 
   py::class_<ShmBuilder>(m, "ShmBuilder")
-      .def(py::init<int, int, int64_t, const std::string&>(), py::arg("rank"), py::arg("nranks"), py::arg("arena_bytes"), py::arg("simd"))
-      .def("endpoint", [](const ShmBuilder& b) {
-        return py::bytes(reinterpret_cast<const char*>(b.endpoint().data()), b.endpoint().size());
-      })
+      .def(py::init<int, int, int64_t, const std::string&>(), py::arg("rank"), py::arg("nranks"),
+           py::arg("arena_bytes"), py::arg("simd"))
+      .def("endpoint",
+           [](const ShmBuilder& b) {
+             return py::bytes(reinterpret_cast<const char*>(b.endpoint().data()), b.endpoint().size());
+           })
       .def("probe", &probe, py::arg("endpoints"))
-      .def("bind", [](ShmBuilder& b, const std::string& secret, double timeout_s) {
-        const Secret s = fixed_bytes<Secret>(secret, "the secret");
-        const py::gil_scoped_release no_gil;
-        b.bind(s, timeout_s);
-      }, py::arg("secret"), py::arg("timeout_s"))
+      .def(
+          "bind",
+          [](ShmBuilder& b, const std::string& secret, double timeout_s) {
+            const Secret s = fixed_bytes<Secret>(secret, "the secret");
+            const py::gil_scoped_release no_gil;
+            b.bind(s, timeout_s);
+          },
+          py::arg("secret"), py::arg("timeout_s"))
       .def("finish", &finish, py::arg("timeout_s"), py::arg("name"))
       .def("warnings", &ShmBuilder::warnings);
 }
@@ -237,5 +302,6 @@ PYBIND11_MODULE(_native, m) {
   });
   add_constants(m);
   add_functions(m);
+  add_cuda(m);
   add_classes(m);
 }

@@ -73,8 +73,37 @@ class ShmBuilder:
         """Stage probe: connects to every lower rank. True for those that answered, and for self and higher ranks."""
     def bind(self, secret: bytes, timeout_s: float) -> None:
         """Stage bind: authenticated handshakes (32-byte secret), descriptors exchanged, arenas mapped."""
+    def warnings(self) -> list[str]:
+        """Connections that `bind` dropped and why; the first few of them."""
     def finish(self, timeout_s: float, name: str) -> Comm:
         """Stage verify: first calls check the path and choose the store policy. name: the 4 hex digits in messages."""
 
 def local_group(nranks: int, arena_bytes: int, timeout_s: float, simd: str, name: str) -> list[Comm]:
     """Ranks that are threads of this process."""
+
+def cuda_reason() -> str:
+    """Why no CUDA device can be used here; "" where one can."""
+
+class LoopbackCall:
+    """What `loopback_allreduce` shall do. Only where cuda_built is true, as is that function."""
+
+    addresses: list[list[int]]  # [rank][segment] device memory, aligned to the dtype
+    counts: list[int]
+    dtype: int  # float32; with codec none also bfloat16, by algorithm direct
+    op: int
+    codec: int
+    algorithm: int  # direct (the default) or oneshot
+    timeout_s: float  # of one wait on the device
+    slots: int
+    slot_bytes: int
+    first_message: int  # where all message counters start, 0 ... 2^32 - 1
+    calls: int  # in a row, each on the result of the one before
+    absent_rank: int  # -1, or a rank that never comes
+    disagreeing_rank: int  # -1, or a rank that announces another bucket than the others
+
+def loopback_allreduce(call: LoopbackCall) -> tuple[float, int]:
+    """All-reduces in place between ranks that are CTAs of one cooperative launch; checks the core on one GPU.
+
+    Returns:
+        Microseconds of one call by the device's clock, and the encoded groups that held a NaN or Inf.
+    """

@@ -123,7 +123,7 @@ class Memory:
     def message(self, stream: int, writer: int, reader: int, index: int, size: int) -> bytes:
         """The first bytes of the slot that message `index` of a stream lies in."""
         facts, nranks = self.comms[0].describe(), len(self.comms)
-        home, lane = (writer, nranks - 1) if stream == RESULT else (reader, (writer - reader - 1) % nranks)
+        home, lane = (writer, nranks) if stream == RESULT else (reader, writer)
         place = SLOTS + (lane * facts["slots"] + index % facts["slots"]) * facts["slot_bytes"]
         return self.read(home, place, size)
 

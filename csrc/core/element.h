@@ -28,9 +28,7 @@ struct Real {
     Acc by, inverse;
     bool exact;
   };
-  DPCOMM_HD static Divisor divisor(int n) {
-    return {static_cast<Acc>(n), 1 / static_cast<Acc>(n), (n & (n - 1)) == 0};
-  }
+  DPCOMM_HD static Divisor divisor(int n) { return {static_cast<Acc>(n), 1 / static_cast<Acc>(n), (n & (n - 1)) == 0}; }
   DPCOMM_HD static Vec<Acc> divided(const Vec<Acc>& a, const Divisor& d) {
     const Acc by = d.by, inverse = d.inverse;
     if (d.exact) return map([inverse](auto x) { return x * inverse; }, a);
@@ -95,11 +93,13 @@ struct Bfloat16 : Real32 {
   }
   // Round to nearest even: add half of the last place that stays, less one if that place is even.
   DPCOMM_HD static Vec<uint16_t> narrow(const Vec<float>& v) {
-    return map([](auto x) {
-      const auto b = uns(bits(x));
-      const auto rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
-      return convert<uint16_t>(x != x ? decltype(b){} + 0x7fc0u : rounded);
-    }, v);
+    return map(
+        [](auto x) {
+          const auto b = uns(bits(x));
+          const auto rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
+          return convert<uint16_t>(x != x ? decltype(b){} + 0x7fc0u : rounded);
+        },
+        v);
   }
 };
 using Int32 = Whole<int32_t>;

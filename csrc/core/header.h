@@ -29,7 +29,7 @@ enum class Cause : uint8_t { none, mismatch, peer_closed, peer_died, timeout, ab
 struct Failure {
   Cause cause;
   uint8_t rank;   // who differs, died, waited or gave up
-  uint8_t other;  // mismatch: from whom
+  uint8_t other;  // mismatch: from whom; time-out on a GPU: who did not come
   Field field;    // mismatch: in what
   uint32_t sequence;
 };

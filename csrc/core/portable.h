@@ -86,8 +86,8 @@ DPCOMM_HD void set_once(uint64_t* word, uint64_t desired) {
 // ---- vectors -----------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
-constexpr int kVec = 8;         // two 16-byte loads of floats, one 16-byte store of halves
-constexpr int kVecAlign = 16;   // what a whole access needs
+constexpr int kVec = 8;               // two 16-byte loads of floats, one 16-byte store of halves
+constexpr int kVecAlign = 16;         // what a whole access needs
 constexpr bool kNanSurvives = false;  // arithmetic answers any NaN with 0x7fffffff
 template <class T>
 struct alignas(16) Vec {
@@ -108,25 +108,39 @@ DPCOMM_HD Vec<T> splat(T x) {
   return v;
 }
 template <class T>
-DPCOMM_HD T element(const Vec<T>& v, int k) { return v.at[k]; }
+DPCOMM_HD T element(const Vec<T>& v, int k) {
+  return v.at[k];
+}
 template <class T>
-DPCOMM_HD void set_element(Vec<T>& v, int k, T x) { v.at[k] = x; }
+DPCOMM_HD void set_element(Vec<T>& v, int k, T x) {
+  v.at[k] = x;
+}
 DPCOMM_HD int32_t bits(float x) { return bit_cast<int32_t>(x); }
 DPCOMM_HD int64_t bits(double x) { return bit_cast<int64_t>(x); }
 DPCOMM_HD uint32_t uns(int32_t x) { return static_cast<uint32_t>(x); }
 DPCOMM_HD uint64_t uns(int64_t x) { return static_cast<uint64_t>(x); }
 template <class T>
-DPCOMM_HD T alike(T, T value) { return value; }  // `value` in the shape of the other; 0 + NaN is another NaN on a GPU
+DPCOMM_HD T alike(T, T value) {
+  return value;
+}  // `value` in the shape of the other; 0 + NaN is another NaN on a GPU
 template <class T, class F>
-DPCOMM_HD T same_bits(F x) { return bit_cast<T>(x); }
+DPCOMM_HD T same_bits(F x) {
+  return bit_cast<T>(x);
+}
 template <class T, class F>
-DPCOMM_HD T convert(F x) { return static_cast<T>(x); }
+DPCOMM_HD T convert(F x) {
+  return static_cast<T>(x);
+}
 template <class T>
 using Uniform = T;
 template <class T>
-DPCOMM_HD Uniform<T> uniform(T x) { return x; }
+DPCOMM_HD Uniform<T> uniform(T x) {
+  return x;
+}
 template <class T>
-DPCOMM_HD T first(T x) { return x; }
+DPCOMM_HD T first(T x) {
+  return x;
+}
 
 #else
 #if defined(__AVX512F__)
@@ -143,31 +157,49 @@ struct VecOf {
 template <class T>
 using Vec = typename VecOf<T>::type;
 template <class F, class... V>
-DPCOMM_HD auto map(F f, const V&... v) { return f(v...); }
+DPCOMM_HD auto map(F f, const V&... v) {
+  return f(v...);
+}
 template <class T>
-DPCOMM_HD Vec<T> splat(T x) { return x - Vec<T>{}; }
+DPCOMM_HD Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
 template <class V>
-DPCOMM_HD auto element(const V& v, int k) { return v[k]; }
+DPCOMM_HD auto element(const V& v, int k) {
+  return v[k];
+}
 template <class V, class T>
-DPCOMM_HD void set_element(V& v, int k, T x) { v[k] = x; }
+DPCOMM_HD void set_element(V& v, int k, T x) {
+  v[k] = x;
+}
 DPCOMM_HD Vec<int32_t> bits(Vec<float> v) { return (Vec<int32_t>)v; }
 DPCOMM_HD Vec<int64_t> bits(Vec<double> v) { return (Vec<int64_t>)v; }
 DPCOMM_HD Vec<uint32_t> uns(Vec<int32_t> v) { return (Vec<uint32_t>)v; }
 DPCOMM_HD Vec<uint64_t> uns(Vec<int64_t> v) { return (Vec<uint64_t>)v; }
 template <class V, class T>
-DPCOMM_HD V alike(const V&, T value) { return V{} + value; }
+DPCOMM_HD V alike(const V&, T value) {
+  return V{} + value;
+}
 template <class T, class V>
-DPCOMM_HD Vec<T> same_bits(V v) { return (Vec<T>)v; }
+DPCOMM_HD Vec<T> same_bits(V v) {
+  return (Vec<T>)v;
+}
 template <class T, class V>
-DPCOMM_HD Vec<T> convert(V v) { return __builtin_convertvector(v, Vec<T>); }
+DPCOMM_HD Vec<T> convert(V v) {
+  return __builtin_convertvector(v, Vec<T>);
+}
 // One value for a whole group. On the host it stays in a vector register, every element alike: going through a scalar
 // register and back costs 13 cycles in the longest chain of a group.
 template <class T>
 using Uniform = Vec<T>;
 template <class T>
-DPCOMM_HD Uniform<T> uniform(T x) { return splat(x); }
+DPCOMM_HD Uniform<T> uniform(T x) {
+  return splat(x);
+}
 template <class V>
-DPCOMM_HD auto first(V v) { return v[0]; }
+DPCOMM_HD auto first(V v) {
+  return v[0];
+}
 #endif
 
 // Whole vectors. `from` and `to` are aligned to kVecAlign.
@@ -219,7 +251,8 @@ DPCOMM_HD void stream(T* to, const Vec<T>& v) {
 #endif
 #if defined(__AVX__)
   if constexpr (bytes % 32 == 0) {
-    for (int i = 0; i < bytes; i += 32) _mm256_stream_si256((__m256i*)(out + i), _mm256_loadu_si256((const __m256i*)(in + i)));
+    for (int i = 0; i < bytes; i += 32)
+      _mm256_stream_si256((__m256i*)(out + i), _mm256_loadu_si256((const __m256i*)(in + i)));
     return;
   }
 #endif
@@ -295,10 +328,12 @@ DPCOMM_HD Vec<uint16_t> to_half_finite(const Vec<float>& v) {
 }
 DPCOMM_HD Vec<float> from_half(const Vec<uint16_t>& h) {
 #if defined(__CUDA_ARCH__)
-  return map([](uint16_t x) {
-    const float y = __half2float(__ushort_as_half(x));
-    return y != y ? bit_cast<float>(0x7fc00000) : y;  // the hardware answers 0x7fffffff
-  }, h);
+  return map(
+      [](uint16_t x) {
+        const float y = __half2float(__ushort_as_half(x));
+        return y != y ? bit_cast<float>(0x7fc00000) : y;  // the hardware answers 0x7fffffff
+      },
+      h);
 #elif defined(__AVX512F__) && !defined(__CUDACC__)
   return (Vec<float>)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__) && !defined(__CUDACC__)

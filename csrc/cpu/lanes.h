@@ -44,8 +44,8 @@ struct HostLanes {
     store(to, v);
   }
 
-  // Encoding reads a group twice, and its first pass waits for memory with little else to do. 4 KiB ahead is four groups
-  // of floats: 10 % at 4 MiB and above (docs/performance.md).
+  // Encoding reads a group twice, and its first pass waits for memory with little else to do. 4 KiB ahead is four
+  // groups of floats: 10 % at 4 MiB and above (docs/performance.md).
   template <class T>
   DPCOMM_HD void soon(const T* x) const {
     const char* ahead = reinterpret_cast<const char*>(x) + 4096;

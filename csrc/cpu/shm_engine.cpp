@@ -14,7 +14,7 @@ namespace dpcomm {
 
 namespace {
 
-constexpr int kSlots = 16;  // docs/performance.md compares 4 to 64
+constexpr int kSlots = 16;                     // docs/performance.md compares 4 to 64
 constexpr int64_t kMostSlotBytes = 33 * 1024;  // 32 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
 constexpr int64_t kSliceBytes = 32 * 1024;

@@ -1,0 +1,93 @@
+// Return codes of the CUDA runtime as exceptions, and what must be given back as objects.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../error.h"
+
+namespace dpcomm {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // it has been seen: the next call must not report it again
+  throw Error(Code::cuda,
+              std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+
+// Elements of plain data in the memory of the current device, zero at first.
+template <class T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t count) : count_(count) {
+    void* p = nullptr;
+    check_cuda(cudaMalloc(&p, bytes()), "cudaMalloc");
+    data_.reset(static_cast<T*>(p));
+    check_cuda(cudaMemset(p, 0, bytes()), "cudaMemset");
+  }
+  explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) { write(data(), host); }
+
+  T* data() const { return data_.get(); }
+  std::vector<T> read() const {
+    std::vector<T> host(count_);
+    check_cuda(cudaMemcpy(host.data(), data(), bytes(), cudaMemcpyDeviceToHost), "cudaMemcpy from the device");
+    return host;
+  }
+  template <class U>
+  static void write(T* to, const std::vector<U>& host) {
+    check_cuda(cudaMemcpy(to, host.data(), host.size() * sizeof(U), cudaMemcpyHostToDevice),
+               "cudaMemcpy to the device");
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { cudaFree(p); }  // an error here was reported by the call that caused it
+  };
+  size_t bytes() const { return count_ * sizeof(T); }
+
+  size_t count_;
+  std::unique_ptr<T, Free> data_;
+};
+
+// The device of the calling thread, put back at the end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// A point in the default stream, for times by the device's clock.
+class Event {
+ public:
+  Event() {
+    cudaEvent_t e = nullptr;
+    check_cuda(cudaEventCreate(&e), "cudaEventCreate");
+    event_.reset(e);
+  }
+  void record() const { check_cuda(cudaEventRecord(event_.get()), "cudaEventRecord"); }
+  double us_since(const Event& earlier) const {
+    float ms = 0;
+    check_cuda(cudaEventElapsedTime(&ms, earlier.event_.get(), event_.get()), "cudaEventElapsedTime");
+    return double(ms) * 1e3;
+  }
+
+ private:
+  struct Destroy {
+    void operator()(cudaEvent_t e) const { cudaEventDestroy(e); }
+  };
+  std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy> event_;
+};
+
+}  // namespace dpcomm
