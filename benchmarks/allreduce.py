@@ -55,7 +55,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("-b", dest="begin", type=parse_size, metavar="BYTES", help="smallest size, as in 4K, 1M, 2G")
     add("-e", dest="end", type=parse_size, metavar="BYTES", help="largest size (default: the smallest)")
     add("-f", dest="factor", type=float, default=2.0, help="each size is the one before times this (default: 2)")
-    add("-n", dest="iterations", type=int, default=100, help="timed calls of each size and codec, at least (default: 100)")
+    add(
+        "-n",
+        dest="iterations",
+        type=int,
+        default=100,
+        help="timed calls of each size and codec, at least (default: 100)",
+    )
     add("-w", dest="warmup", type=int, default=10, help="untimed calls before them (default: 10)")
     add("--ranks", type=int, default=2, help="processes to start; ignored under torchrun (default: 2)")
     add("--engine", default="auto", help="what carries the bytes (default: auto)")
@@ -153,7 +159,9 @@ def measure_all(arguments: argparse.Namespace) -> int:
         if first:
             print(header(facts, environment, dist.get_world_size()), flush=True)
         contestants = len(subjects) + (arguments.vs == "gloo")
-        planned = [planned_calls(size // ELEM_BYTES, arguments.iterations, arguments.warmup) for size in arguments.sizes]
+        planned = [
+            planned_calls(size // ELEM_BYTES, arguments.iterations, arguments.warmup) for size in arguments.sizes
+        ]
         calls = contestants * sum(planned)
         with tqdm(total=calls, unit="call", leave=False, disable=None if first else True) as bar:
             for size in arguments.sizes:

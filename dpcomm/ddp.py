@@ -53,6 +53,7 @@ class HookState:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._completer = Completer()
         self._said: set[str] = set()
+        self._complex = True  # whether the model may have complex parameters
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def _connect(self) -> None:
@@ -103,7 +104,7 @@ class HookState:
         if not arrays.is_whole_storage(buffer):
             # DDP would read the result from the wrong place, silently.
             raise InternalError(f"bucket {bucket.index()} is not a whole storage. Is another hook wrapped around this?")
-        request = self._request(comm, buffer.dtype)
+        request = self._request(comm, buffer.dtype, self._complex and any(p.is_complex() for p in bucket.parameters()))
         if not torch._C._autograd._profiler_enabled():
             return self._start_dense(comm, request, buffer, bucket.index())
         dtype = str(buffer.dtype).removeprefix("torch.")
@@ -141,16 +142,20 @@ class HookState:
         averaged: torch.futures.Future[torch.Tensor] = work.get_future().then(mean)
         return averaged
 
-    def _request(self, comm: Communicator, dtype: torch.dtype) -> opt.Request:
-        """The codec's request, or "none" where the codec does not serve the dtype."""
+    def _request(self, comm: Communicator, dtype: torch.dtype, is_complex: bool) -> opt.Request:
+        """The codec's request, or "none" where the codec does not serve the dtype.
+
+        DDP hands complex gradients over as twice as many real ones, so the buffer's dtype does not show them.
+        """
         request = comm._request("mean", None, None)
         name = str(dtype).removeprefix("torch.")
-        if name in request.dtypes:
+        if name in request.dtypes and (not is_complex or comm.codec == "none"):
             return request
         plain = comm._request("mean", "none", None)
         if name not in plain.dtypes:
             raise opt.refuse_dtype(name, plain)
-        self._say(name, f"{name} buckets travel as codec 'none': '{comm.codec}' does not serve them")
+        kind = f"complex (two {name})" if is_complex else name
+        self._say(kind, f"{kind} buckets travel as codec 'none': '{comm.codec}' does not serve them")
         return plain
 
     def _refuse_join(self) -> None:
@@ -231,6 +236,7 @@ def register_ddp_hook(
         )
     state = HookState(group, **keywords)
     state._ddp = weakref.ref(ddp)
+    state._complex = any(parameter.is_complex() for parameter in ddp.parameters())
     try:
         ddp.register_comm_hook(state, allreduce_hook)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -243,6 +249,9 @@ def recover(ddp: DistributedDataParallel) -> None:
     """After a failed step: a new communicator, DDP's reducer reset, gradients None. Collective over the living ranks.
 
     The step itself is lost; the next one is as if it had never been.
+    Two things lie outside of the hook: where a rank left its backward by an exception of its own, a model with
+    find_unused_parameters (whose process group has missed a collective of DDP's), or one with static_graph in its first
+    step, must be wrapped anew, on a new group.
 
     Raises:
         ArgumentError: The model has no dpcomm hook.
@@ -268,6 +277,8 @@ def _check_model(ddp: object) -> None:
         if kind == "OptimizedModule":
             raise ArgumentError(f"{where}register on the DDP model before torch.compile(ddp)")
         raise ArgumentError(f"{where}expected a DistributedDataParallel model, got {kind}. Wrap it in DDP first.")
+    # A copy of a hooked model has the list of hooks, with a copied state, but no hook.
+    ddp._comm_hooks = [(hook, state) for hook, state in ddp._comm_hooks if not _is_copy(state)]
     if ddp._comm_hooks:
         name = getattr(ddp._comm_hooks[0][0], "__qualname__", "?")
         raise ArgumentError(f"{where}the model has a communication hook already ({name}); DDP takes one. Wrap it anew.")
@@ -280,6 +291,10 @@ def _check_model(ddp: object) -> None:
             raise UnsupportedError(
                 f"{where}{name} is on {parameter.device}: this version's engines serve CPU memory only"
             )
+
+
+def _is_copy(state: object) -> bool:
+    return isinstance(state, HookState) and state.comm is None
 
 
 def _close_parts(comm: Communicator, completer: Completer, pid: int) -> None:

@@ -62,7 +62,7 @@ def dense(grad: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def bits(grad: torch.Tensor) -> Array:
-    """Complex gradients lie in DDP's buckets as pairs of real numbers, and are encoded as such."""
+    """Complex gradients lie in DDP's buckets as pairs of real numbers."""
     return array(torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad)
 
 
@@ -106,7 +106,8 @@ def expected(
             continue
         sizes = np.cumsum([x.size for x in flat[0]])[:-1]
         joined = [[np.concatenate(parts)] for parts in flat]
-        served = joined[0][0].dtype == np.float32 and not set(names) & set(plain)
+        pairs = any(x is not None and x.is_complex() for x in like.values())
+        served = joined[0][0].dtype == np.float32 and not pairs and not set(names) & set(plain)
         (mean,) = reference.allreduce(joined, "mean", codec=codec if served else "none")
         means.update(zip(like, np.split(mean, sizes), strict=True))
     return means
@@ -138,3 +139,7 @@ def check_gradients(
 
 def sgd(ddp: DDP) -> torch.optim.Optimizer:
     return torch.optim.SGD(ddp.parameters(), lr=0.05)
+
+
+def parameters(ddp: DDP) -> list[torch.Tensor]:
+    return [p.detach() for p in ddp.parameters()]

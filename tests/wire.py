@@ -17,7 +17,7 @@ import dpcomm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "wire.md"
-CONTROL, MAILBOX, SLOTS = 0, 8192, 36864  # offsets in an arena
+CONTROL, MAILBOX, SLOTS = 0, 8192, 45056  # offsets in an arena
 MOST_RANKS = 64
 GIVEN, RESULT = 0, 1  # streams
 

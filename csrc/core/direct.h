@@ -83,25 +83,20 @@ struct Direct {
 // Reduces the bucket over all ranks. False: it cannot be finished; the failure word or the caller's deadline says why.
 template <class Codec, class Lanes>
 DPCOMM_HD bool direct(Lanes& lanes, const Team& t, const Bucket& bucket, const Header& header) {
-  Mailbox& mine = *t.box[t.rank];
+  const Mailbox& mine = *t.box[t.rank];
   const Chunks chunks = Chunks::cut(bucket.groups, t.nranks, most_groups<Codec>(t.slot_bytes, t.slice_bytes));
   Direct<Codec, Lanes> d{lanes, t, bucket, Op(header.op), chunks, mine.sent[kGiven], mine.sent[kResult]};
   announce(lanes, t, header);
   for (int64_t c = 0; c < chunks.slices + 2; ++c) {
     if (c < chunks.slices) d.give(c);
     if (c >= 1 && c <= chunks.slices) {
-      if (!d.arrived(c - 1)) return false;
       if (c == 1 && !agree(lanes, t, header)) return false;  // nothing has been written to user memory yet
+      if (!d.arrived(c - 1)) return false;
       d.reduce(c - 1);
     }
     if (c >= 2 && !d.take(c - 2)) return false;
   }
-  lanes.sync(true);  // every lane has read the counters
-  if (lanes.index() == 0) {
-    mine.sent[kGiven] += uint32_t(chunks.slices);
-    mine.sent[kResult] += uint32_t(chunks.slices);
-  }
-  return lanes.sync(true);
+  return conclude(lanes, t, uint32_t(chunks.slices), uint32_t(chunks.slices));
 }
 
 }  // namespace DPCOMM_ISA

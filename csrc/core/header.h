@@ -1,8 +1,8 @@
 // What a rank says of its call before anything is believed, and the record of the first failure.
 //
 // Every call has a header: it lies at a fixed place per rank (two of them, by the parity of the sequence number: a peer
-// may be one call ahead), is published by the release of the call's first message and compared by every rank with all
-// others before it writes user memory.
+// may be one call ahead), has a flag of its own, whatever the algorithm, and is compared by every rank with all others
+// before it writes user memory. It travels beside the first messages, so it costs no round trip.
 #pragma once
 #include "portable.h"
 #include "types.h"
@@ -50,10 +50,10 @@ DPCOMM_HD Field difference(const Header& a, const Header& b) {
   if (a.dtype != b.dtype) return Field::dtype;
   if (a.op != b.op) return Field::op;
   if (a.codec != b.codec) return Field::codec;
-  if (a.algorithm != b.algorithm) return Field::algorithm;
   if (a.numel != b.numel) return Field::numel;
   if (a.tensors != b.tensors) return Field::tensors;
-  return a.layout != b.layout ? Field::layout : Field::none;
+  if (a.layout != b.layout) return Field::layout;
+  return a.algorithm != b.algorithm ? Field::algorithm : Field::none;  // last: what auto takes follows from the rest
 }
 
 }  // namespace DPCOMM_ISA

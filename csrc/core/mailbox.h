@@ -8,11 +8,12 @@
 
 namespace dpcomm {
 
-// Two streams of messages, each with its own slots, flags and counter.
+// Streams of messages, each with its own slots, flags and counter.
 //   kGiven    one reader each: what I contribute to the chunk that the reader owns (to myself, too, where the codec
 //   loses bits) kResult   the same bytes for all readers: results of the chunk I own (direct), or my whole contribution
 //   (oneshot)
-enum Stream { kGiven, kResult, kStreams };
+//   kHeader   no slots: headers lie in Mailbox::header
+enum Stream { kGiven, kResult, kHeader, kStreams };
 
 // A line of its own (two: processors fetch them in pairs). One writer; it only ever counts up, and wraps.
 struct alignas(128) Flag {

@@ -12,10 +12,9 @@ inline namespace DPCOMM_ISA {
 
 template <class Codec, class Lanes>
 DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const Header& header) {
-  Mailbox& mine = *t.box[t.rank];
   const Op op = Op(header.op);
   const Chunks chunks = Chunks::cut(bucket.groups, 1, most_groups<Codec>(t.slot_bytes, t.slice_bytes));
-  const uint32_t base = mine.sent[kResult];
+  const uint32_t base = t.box[t.rank]->sent[kResult];
   announce(lanes, t, header);
   for (int64_t c = 0; c < chunks.slices; ++c) {
     const uint32_t number = base + uint32_t(c);
@@ -25,8 +24,8 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
       if (t.shared ? r == (t.rank == 0) : Codec::scaled || r != t.rank)  // in shared memory once, for all readers
         put<Codec>(lanes, bucket, range, Message<Codec>{slot(t, kResult, t.rank, r, number), range.groups});
     post_peers(lanes, t, kResult, number + 1);                     // (3)
-    if (!wait_peers(lanes, t, kResult, number + 1)) return false;  // pairs with (3)
     if (c == 0 && !agree(lanes, t, header)) return false;          // nothing has been written to user memory yet
+    if (!wait_peers(lanes, t, kResult, number + 1)) return false;  // pairs with (3)
     lanes.phase(Phase::reduce);
     const auto in = [&](int r) { return Message<Codec>{slot(t, kResult, r, t.rank, number), range.groups}; };
     const auto nranks = Codec::Element::divisor(t.nranks);
@@ -38,9 +37,7 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
       for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, rounded(i));
     });
   }
-  lanes.sync(true);  // every lane has read the counter
-  if (lanes.index() == 0) mine.sent[kResult] = base + uint32_t(chunks.slices);
-  return lanes.sync(true);
+  return conclude(lanes, t, 0, uint32_t(chunks.slices));
 }
 
 }  // namespace DPCOMM_ISA

@@ -64,17 +64,19 @@ DPCOMM_HD void post_peers(Lanes& lanes, const Team& t, Stream stream, uint32_t v
     if (r != t.rank) lanes.post(&t.box[r]->arrived[stream][t.rank], value);
 }
 
-// Puts my header where the peers look for it. The release of the call's first message publishes it.
+// Begins a call: shows my header to every peer.
 template <class Lanes>
 DPCOMM_HD void announce(Lanes& lanes, const Team& t, const Header& mine) {
   const int page = int(mine.sequence % 2);
   for (int r = lanes.index(); r < t.nranks; r += lanes.count())
     if (t.shared ? r == t.rank : r != t.rank) t.box[r]->header[page][t.rank] = mine;
+  post_peers(lanes, t, kHeader, t.box[t.rank]->sent[kHeader] + 1);  // (0)
 }
-// After the first message of every peer has arrived: compares all headers with mine. False: the ranks disagree, and the
-// failure word says how. All lanes must leave the mailboxes alone then.
+// Compares all headers with mine; before anything is written to user memory. False: the ranks disagree, and the failure
+// word says how, or a peer did not come.
 template <class Lanes>
 DPCOMM_HD bool agree(Lanes& lanes, const Team& t, const Header& mine) {
+  if (!wait_peers(lanes, t, kHeader, t.box[t.rank]->sent[kHeader] + 1)) return false;  // pairs with (0)
   bool ok = true;
   const int page = int(mine.sequence % 2);
   for (int r = lanes.index(); r < t.nranks; r += lanes.count()) {
@@ -87,6 +89,18 @@ DPCOMM_HD bool agree(Lanes& lanes, const Team& t, const Header& mine) {
     set_once(t.failure, pack({Cause::mismatch, uint8_t(low), uint8_t(high), field, uint32_t(mine.sequence)}));
   }
   return lanes.sync(ok);
+}
+// Ends a call that succeeded: counts its messages, once every lane has read the counters.
+template <class Lanes>
+DPCOMM_HD bool conclude(Lanes& lanes, const Team& t, uint32_t given, uint32_t results) {
+  lanes.sync(true);
+  if (lanes.index() == 0) {
+    uint32_t* const sent = t.box[t.rank]->sent;
+    sent[kGiven] += given;
+    sent[kResult] += results;
+    sent[kHeader] += 1;
+  }
+  return lanes.sync(true);
 }
 
 }  // namespace DPCOMM_ISA
