@@ -41,15 +41,16 @@ struct Direct {
   }
 
   DPCOMM_HD bool arrived(int64_t slice) {
-    return wait_peers(lanes, t, kGiven, given + uint32_t(slice) + 1);
-  }  // pairs with (1)
+    return wait_peers(lanes, t, kGiven, given + uint32_t(slice) + 1);  // pairs with (1)
+  }
 
   DPCOMM_HD void reduce(int64_t slice) {
     lanes.phase(Phase::reduce);
     const Range range = chunks.range(slice, t.rank);
     const uint32_t number = results + uint32_t(slice);
     const auto in = [&](int r) { return message(kGiven, r, t.rank, given + uint32_t(slice), range); };
-    const auto out = message(kResult, t.rank, t.rank == 0, number, range);  // in shared memory: any reader's
+    const int any_reader = (t.rank + 1) % t.nranks;  // in shared memory all read the same slot
+    const auto out = message(kResult, t.rank, any_reader, number, range);
     const auto nranks = Codec::Element::divisor(t.nranks);
     each_memory<Codec, true>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;

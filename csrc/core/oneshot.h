@@ -21,7 +21,8 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
     const Range range = chunks.range(c, 0);
     lanes.phase(Phase::put);
     for (int r = 0; r < t.nranks; ++r)
-      if (t.shared ? r == (t.rank == 0) : Codec::scaled || r != t.rank)  // in shared memory once, for all readers
+      if (t.shared ? r == (t.rank + 1) % t.nranks
+                   : Codec::scaled || r != t.rank)  // in shared memory once, for all readers
         put<Codec>(lanes, bucket, range, Message<Codec>{slot(t, kResult, t.rank, r, number), range.groups});
     post_peers(lanes, t, kResult, number + 1);                     // (3)
     if (c == 0 && !agree(lanes, t, header)) return false;          // nothing has been written to user memory yet

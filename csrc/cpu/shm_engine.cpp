@@ -190,7 +190,8 @@ void ShmEngine::timed_out(const Flag* flag, uint32_t value, int peer) {
 
 void ShmEngine::abort(const std::string& reason) {
   if (in_forked_child() || closed_) return;
-  // Two threads that abort at once write the same kind of text; the failure word releases whichever is there.
+  const std::lock_guard lock(abort_mutex_);
+  if (load_acquire(team_.failure) != 0) return;  // the first cause stands, and its text may be being read
   char* text = control_->reason[team_.rank];
   for (int i = 0; i < kReasonBytes; ++i) {
     const char c = i + 1 < kReasonBytes && size_t(i) < reason.size() ? reason[size_t(i)] : '\0';

@@ -86,6 +86,7 @@ class ShmEngine final : public Engine, private Patience {
   const Call* current_ = nullptr;  // the call that runs
   std::atomic<bool> told_{false};  // this rank's caller has been given the first cause
   std::atomic<bool> closed_{false};
+  std::mutex abort_mutex_;
   std::mutex stats_mutex_;
   Stats stats_;
 };
