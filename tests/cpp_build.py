@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
+COMPILER = os.environ.get("CXX", "c++")  # as CMake chooses
 SKIPPED = 77  # exit status of a program whose instruction set this processor lacks
 
 
@@ -58,8 +59,7 @@ def why_no(kind: str) -> str:
     FOLDER.mkdir(parents=True, exist_ok=True)
     source, program = FOLDER / f"try_{kind}.cpp", FOLDER / f"try_{kind}"
     source.write_text("int main() { return 0; }\n")
-    compiler = os.environ.get("CXX", "c++")
-    built = call([compiler, *KINDS[kind].split(), str(source), "-o", str(program)], 60)
+    built = call([COMPILER, *KINDS[kind].split(), str(source), "-o", str(program)], 60)
     if built.returncode != 0:
         return f"no {kind}: {built.stdout.strip().splitlines()[-1]}"
     ran = call([str(program)], 60)

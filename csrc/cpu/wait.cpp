@@ -27,7 +27,8 @@ bool reached_now(const Flag* flag, uint32_t value) {
 // Nobody sleeps through a wake-up. Reader: announces itself (R1), then looks again (R2), then sleeps. Writer: stores
 // the value (W1), then reads the announcement (W2). R1 and W1 are read-modify-writes, so both are full barriers: if R2
 // missed W1 then W2 sees R1. FUTEX_WAIT itself compares once more with the value that R2 saw. tests/model_wait.py
-// checks every interleaving of this, store buffers included, and that it fails without either barrier.
+// checks every interleaving of this, store buffers included; it fails without W1's barrier, and without R1's unless
+// FUTEX_WAIT is one itself.
 void nap(Flag* flag, uint32_t value) {
   const uint32_t seen = __atomic_load_n(&flag->value, __ATOMIC_RELAXED);
   __atomic_exchange_n(&flag->sleeping, 1u, __ATOMIC_SEQ_CST);              // R1

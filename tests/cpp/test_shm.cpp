@@ -1,0 +1,307 @@
+// Engine shm and the queue in front of it: ranks that are threads, calls and faults from many threads at once. Run
+// under a race detector and an address checker. A stop after 120 s ends whatever hangs.
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "check.h"
+#include "cpu/shm_builder.h"
+#include "queue.h"
+
+using namespace dpcomm;
+using namespace std::chrono_literals;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr double kTimeout = 30;  // s, for what should take milliseconds
+constexpr int64_t kArena = 1 << 20;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// One communicator: a queue per rank.
+struct Group {
+  explicit Group(int nranks, double timeout_s = kTimeout) {
+    for (auto& engine : local_engines(nranks, kArena, timeout_s, "portable", "abcd"))
+      rank.push_back(std::make_unique<Queue>(std::move(engine)));
+  }
+  // Runs body(r) for every rank at once.
+  void all(const std::function<void(int)>& body) const {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < int(rank.size()); ++r) threads.emplace_back(body, r);
+    for (std::thread& thread : threads) thread.join();
+  }
+  std::vector<std::unique_ptr<Queue>> rank;
+};
+
+// Whole numbers, so that sums are exact: rank r starts with r + 1 everywhere.
+struct Data {
+  Data(int64_t elems, int rank) : x(size_t(elems), float(rank + 1)) {
+    call.addresses = {reinterpret_cast<char*>(x.data())};
+    call.counts = {elems};
+  }
+  bool all(float value) const {
+    return std::all_of(x.begin(), x.end(), [value](float v) { return v == value; });
+  }
+  std::vector<float> x;
+  Call call;
+};
+
+float sum_of_ranks(int n) { return float(n * (n + 1) / 2); }
+
+// The Error that f throws within `limit_s`; a failed check and an empty one if there is none.
+Error error_of(const std::function<void()>& f, double limit_s = 5) {
+  const auto start = Clock::now();
+  try {
+    f();
+  } catch (const Error& error) {
+    if (!CHECK(seconds_since(start) < limit_s))
+      std::fprintf(stderr, "  %.1f s: %s\n", seconds_since(start), error.what());
+    return error;
+  }
+  CHECK(!"an Error is thrown");
+  return Error(Code::cuda, "nothing was thrown");
+}
+Error error_of(const std::shared_ptr<Job>& job, double limit_s = 5) {
+  return error_of(
+      [&] {
+        if (!CHECK(job->wait(kTimeout))) return;
+        if (job->error()) std::rethrow_exception(job->error());
+      },
+      limit_s);
+}
+bool is(const Error& error, Code code) {
+  if (error.code == code) return true;
+  std::fprintf(stderr, "  %s expected, not: %s\n", name_of(code), error.what());
+  return false;
+}
+bool says(const Error& error, const std::string& text) {
+  if (std::string(error.what()).find(text) != std::string::npos) return true;
+  std::fprintf(stderr, "  '%s' does not contain '%s'\n", error.what(), text.c_str());
+  return false;
+}
+
+// ---- calls -------------------------------------------------------------------------------------------------------
+
+// Synchronous calls, asynchronous ones, and somebody who looks on, on every rank.
+void use(const Group& group, int rounds) {
+  const int n = int(group.rank.size());
+  group.all([&](int r) {
+    Queue& queue = *group.rank[size_t(r)];
+    std::atomic<bool> done{false};
+    std::thread onlooker([&] {
+      while (!done) {
+        queue.engine().check();
+        CHECK(queue.engine().stats(false).calls >= 0);
+        CHECK(queue.engine().describe().slots >= 4);
+        std::this_thread::yield();
+      }
+    });
+    std::vector<std::unique_ptr<Data>> data;
+    std::vector<std::shared_ptr<Job>> jobs;
+    for (int i = 0; i < rounds; ++i) {
+      for (const int64_t elems : {1, 1000, 40000}) {
+        data.push_back(std::make_unique<Data>(elems, r));
+        data.back()->call.codec = i % 2 ? CodecKind::fp16 : CodecKind::none;
+        jobs.push_back(queue.submit(data.back()->call));
+      }
+      data.push_back(std::make_unique<Data>(i, r));
+      queue.run(data.back()->call);
+    }
+    for (const auto& job : jobs) CHECK(job->wait(kTimeout) && !job->error());
+    for (const auto& d : data) CHECK(d->all(sum_of_ranks(n)));
+    done = true;
+    onlooker.join();
+    const Stats stats = queue.engine().stats(true);
+    const int counted = n == 1 ? 0 : 4 * rounds;  // alone there is nothing to do
+    CHECK(stats.calls == counted && stats.nonfinite_groups == 0);
+    CHECK(queue.engine().stats(false).calls == 0);
+    CHECK(queue.engine().describe().sequence == uint64_t(counted));
+  });
+}
+
+void test_several_communicators_at_once() {
+  std::vector<std::thread> threads;
+  for (const int n : {1, 2, 3})
+    threads.emplace_back([n] {
+      const Group group(n);
+      use(group, 8);
+      group.all([&](int r) { group.rank[size_t(r)]->close(1); });
+    });
+  for (std::thread& thread : threads) thread.join();
+}
+
+void test_two_threads_share_a_communicator() {
+  const Group group(2);
+  group.all([&](int r) {
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 2; ++t)
+      threads.emplace_back([&, r, t] {  // equal calls: it does not matter which pairs with which
+        for (int i = 0; i < 10; ++i) {
+          Data d(3000, r);
+          if (t == 0)
+            group.rank[size_t(r)]->run(d.call);
+          else
+            CHECK(group.rank[size_t(r)]->submit(d.call)->wait(kTimeout));
+          CHECK(d.all(3));
+        }
+      });
+    for (std::thread& thread : threads) thread.join();
+  });
+}
+
+// A rank may leave as soon as its own last call is done: the others must still finish theirs.
+void test_leaving_after_the_last_call_disturbs_nobody() {
+  for (int i = 0; i < 10; ++i) {
+    const Group group(3);
+    group.all([&](int r) {
+      Data d(i % 2 ? 5 : 20000, r);
+      group.rank[size_t(r)]->run(d.call);
+      group.rank[size_t(r)]->close(0);
+      CHECK(d.all(6));
+    });
+  }
+}
+
+// ---- faults ------------------------------------------------------------------------------------------------------
+
+void test_a_rank_that_never_calls_is_named() {
+  const Group group(3, 0.3);
+  std::atomic<int> timeouts{0};
+  group.all([&](int r) {
+    if (r == 2) return;
+    Data d(5, r);
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 3);
+    CHECK(is(error, Code::timeout) && says(error, "rank 2 (pid ") && says(error, "last seq 0"));
+    CHECK(error.waiting_for == std::vector<int>{2});
+    CHECK(d.all(float(r + 1)));
+    ++timeouts;
+  });
+  CHECK(timeouts == 2);
+  Data late(5, 2);
+  CHECK(is(error_of([&] { group.rank[2]->run(late.call); }), Code::aborted));
+  CHECK(is(error_of([&] { group.rank[0]->engine().check(); }), Code::timeout));
+}
+
+using Change = void (*)(Call&);
+
+void mismatch(Change change, const std::string& field, int64_t usual_elems) {
+  const Group group(3);
+  group.all([&](int r) {
+    Data d(usual_elems, r), more(std::max<int64_t>(usual_elems, 100000), r);
+    more.call.counts = d.call.counts;
+    Call& call = r == 1 ? more.call : d.call;
+    if (r == 1) change(call);
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(call); }, 1);
+    CHECK(is(error, Code::mismatch) && says(error, field));
+    CHECK(d.all(float(r + 1)) && more.all(float(r + 1)));
+    CHECK(is(error_of([&] { group.rank[size_t(r)]->run(d.call); }), Code::aborted));  // poisoned
+  });
+}
+
+void test_mismatches_are_told_to_all_within_a_second() {
+  mismatch([](Call& c) { c.counts[0] = 4; }, "numel", 8);
+  mismatch([](Call& c) { c.counts[0] = 100000; }, "rank 1 has", 8);  // "auto" is oneshot here and direct there
+  mismatch([](Call& c) { c.counts[0] = 0; }, "rank 1 has 0", 100);
+  mismatch([](Call& c) { c.dtype = Dtype::int32; }, "dtype", 100000);
+  mismatch([](Call& c) { c.op = Op::mean; }, "op", 8);
+  mismatch([](Call& c) { c.codec = CodecKind::fp16; }, "codec", 8);
+  mismatch([](Call& c) { c.bucket = 3; }, "bucket 3", 8);
+  mismatch([](Call& c) { c.algorithm = Algorithm::direct; }, "algorithm", 8);
+}
+
+void test_abort_ends_calls_in_flight_on_all_ranks() {
+  const Group group(3);
+  std::thread aborter([&] {
+    std::this_thread::sleep_for(20ms);
+    std::vector<std::thread> threads;  // two at once: the first cause wins
+    for (int i = 0; i < 2; ++i) threads.emplace_back([&] { group.rank[2]->engine().abort("enough"); });
+    for (std::thread& thread : threads) thread.join();
+  });
+  group.all([&](int r) {
+    if (r == 2) return;
+    Data d(40000, r), queued(5, r);
+    const auto first = group.rank[size_t(r)]->submit(d.call), second = group.rank[size_t(r)]->submit(queued.call);
+    const Error error = error_of(first, 1);
+    CHECK(is(error, Code::aborted) && says(error, "rank 2 gave up") && says(error, "enough"));
+    CHECK(is(error_of(second), Code::aborted));
+    CHECK(queued.all(float(r + 1)));
+  });
+  aborter.join();
+}
+
+void test_an_interrupted_caller_aborts() {
+  const Group group(2);
+  std::atomic<bool> interrupted{false};
+  std::thread signal([&] {
+    std::this_thread::sleep_for(20ms);
+    interrupted = true;
+  });
+  Data d(5, 0), peer(5, 1);
+  d.call.interrupted = [&] { return interrupted.load(); };
+  CHECK(is(error_of([&] { group.rank[0]->run(d.call); }, 1), Code::aborted));
+  CHECK(is(error_of([&] { group.rank[1]->run(peer.call); }), Code::aborted));
+  signal.join();
+}
+
+void test_close_ends_what_is_in_flight() {
+  const Group group(2);
+  Data d(40000, 0), later(5, 0), peer(5, 1);
+  const auto job = group.rank[0]->submit(d.call);
+  const auto queued = group.rank[0]->submit(later.call);
+  const auto start = Clock::now();
+  std::thread twice([&] { group.rank[0]->close(0.05); });  // idempotent, from two threads
+  group.rank[0]->close(0.05);
+  twice.join();
+  CHECK(seconds_since(start) < 1);
+  CHECK(is(error_of(job), Code::aborted) && is(error_of(queued), Code::aborted));
+  CHECK(d.all(1) && later.all(1));
+  CHECK(is(error_of([&] { group.rank[0]->run(later.call); }), Code::aborted));
+  CHECK(is(error_of([&] { group.rank[1]->run(peer.call); }), Code::aborted));
+}
+
+void test_a_peer_that_closes_early_is_lost() {
+  const Group group(3);
+  std::thread leaver([&] {
+    std::this_thread::sleep_for(20ms);
+    group.rank[1]->close(1);
+  });
+  group.all([&](int r) {
+    if (r == 1) return;
+    Data d(40000, r);
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 1);
+    CHECK(is(error, Code::peer_lost) && error.rank == 1 && says(error, "clean shutdown"));
+  });
+  leaver.join();
+}
+
+void test_destruction_closes() {
+  std::shared_ptr<Job> job;
+  Data d(5, 0);
+  {
+    const Group group(2);
+    job = group.rank[0]->submit(d.call);
+  }
+  CHECK(job->done() && is(error_of(job), Code::aborted));
+}
+
+}  // namespace
+
+int main() {
+  ::alarm(120);
+  test_several_communicators_at_once();
+  test_two_threads_share_a_communicator();
+  test_leaving_after_the_last_call_disturbs_nobody();
+  test_a_rank_that_never_calls_is_named();
+  test_mismatches_are_told_to_all_within_a_second();
+  test_abort_ends_calls_in_flight_on_all_ranks();
+  test_an_interrupted_caller_aborts();
+  test_close_ends_what_is_in_flight();
+  test_a_peer_that_closes_early_is_lost();
+  test_destruction_closes();
+  return finish();
+}

@@ -1,0 +1,80 @@
+"""The C++ tests (tests/cpp): plain, under ThreadSanitizer, and under AddressSanitizer with UBSan.
+
+ThreadSanitizer sees one process only, so ranks are threads there; tests of the extension play them as processes.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import cpp_build
+import pytest
+
+# The first test of a kind waits for the compiler: about a minute on two idle cores, more on busy ones.
+pytestmark = pytest.mark.timeout(1500)
+
+DEADLINE_S = 160  # each program ends itself earlier
+ISAS = ["portable", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
+# Kind -> program -> arguments. Sanitizers are slow: they play every second call, and do not try all 2^32 floats.
+PROGRAMS: dict[str, dict[str, list[str]]] = {
+    "plain": {
+        **{f"test_portable_{isa}": [] for isa in ISAS},
+        "test_core": [],
+        "test_shm": [],
+        "test_os": [],
+    },
+    "tsan": {"test_core": ["3", "2"], "test_shm": [], "test_os": []},
+    "asan": {"test_portable_portable": ["251"], "test_core": ["0", "2"], "test_shm": [], "test_os": []},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "program"),
+    [
+        pytest.param(kind, program, id=f"{kind}-{program}")
+        for kind, programs in PROGRAMS.items()
+        for program in programs
+    ],
+)
+def test_program_passes(kind: str, program: str) -> None:
+    if cpp_build.why_no(kind):
+        pytest.skip(cpp_build.why_no(kind))
+    folder = cpp_build.build(kind, tuple(PROGRAMS[kind]))
+    done = cpp_build.call([str(folder / program), *PROGRAMS[kind][program]], DEADLINE_S)
+    if done.returncode == cpp_build.SKIPPED:
+        pytest.skip(f"this processor lacks the instructions of {program}")
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-8000:]}"
+    assert " passed, 0 failed" in done.stdout
+
+
+RACE = """
+#include <thread>
+int main() {
+  int x = 0;
+  std::thread other([&x] { x = 1; });
+  x = 2;
+  other.join();
+  return x == 3;
+}
+"""
+OVERRUN = """
+#include <vector>
+int main(int argc, char**) {
+  std::vector<int> v(4);
+  return v.data()[argc + 3];
+}
+"""
+
+
+@pytest.mark.parametrize(("kind", "source"), [("tsan", RACE), ("asan", OVERRUN)], ids=["tsan", "asan"])
+def test_sanitizer_sees_a_planted_bug(kind: str, source: str) -> None:
+    """The negative control: a sanitizer that is silently off would pass everything."""
+    if cpp_build.why_no(kind):
+        pytest.skip(cpp_build.why_no(kind))
+    path = cpp_build.FOLDER / f"planted_{kind}.cpp"
+    path.write_text(source)
+    program = str(path.with_suffix(""))
+    cpp_build.must([cpp_build.COMPILER, *cpp_build.KINDS[kind].split(), "-pthread", str(path), "-o", program], 120)
+    done = cpp_build.call([program], 60)
+    assert done.returncode != 0
+    assert "Sanitizer" in done.stdout
