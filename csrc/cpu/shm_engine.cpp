@@ -18,6 +18,9 @@ constexpr int kSlots = 16;                     // docs/performance.md compares 4
 constexpr int64_t kMostSlotBytes = 33 * 1024;  // 32 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
 constexpr int64_t kSliceBytes = 32 * 1024;
+// About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that way
+// and stay runnable, so that it moves one of them; napping, they looked like one task and stayed (docs/performance.md).
+constexpr int kYields = 500;
 
 int processors() {
   cpu_set_t set;
@@ -114,7 +117,7 @@ void ShmEngine::allreduce(const Call& call) {
   bool ok;
   {
     const DefaultFloatEnvironment environment;
-    ok = isa_.run({team_, bucket, header, store_, {spins_, 50, timeout_ns_, team_.failure, this}, tally});
+    ok = isa_.run({team_, bucket, header, store_, {spins_, kYields, timeout_ns_, team_.failure, this}, tally});
   }
   current_ = nullptr;
   tally.enter(Phase::wait);
