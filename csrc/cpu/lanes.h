@@ -23,10 +23,14 @@ struct HostLanes {
     if (load_acquire(call.waiting.failure) != 0) return false;  // once a slice: somebody gave up
     if (reached(load_acquire(&flag->value), value)) return true;
     phase(Phase::wait);
-    for (int i = 0; i < call.waiting.spins; ++i) {
+    int& spins = *call.waiting.spins;
+    for (int i = 0; i < spins; ++i) {
       pause();
-      if (reached(load_acquire(&flag->value), value)) return true;
+      if (!reached(load_acquire(&flag->value), value)) continue;
+      spins = spins * 2 < call.waiting.most_spins ? spins * 2 : call.waiting.most_spins;
+      return true;
     }
+    spins = spins / 2 > kLeastSpins ? spins / 2 : kLeastSpins;
     return wait_long(flag, value, peer, call.waiting);
   }
   void post(Flag* flag, uint32_t value) const {
@@ -56,6 +60,8 @@ struct HostLanes {
   void nonfinite_group() const { ++call.tally.nonfinite_groups; }
 
  private:
+  static constexpr int kLeastSpins = 2;
+
   static void pause() {
 #if defined(__SSE2__)
     _mm_pause();

@@ -18,8 +18,9 @@ constexpr int kSlots = 16;                     // docs/performance.md compares 4
 constexpr int64_t kMostSlotBytes = 33 * 1024;  // 32 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
 constexpr int64_t kSliceBytes = 32 * 1024;
-// About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that way
-// and stay runnable, so that it moves one of them; napping, they looked like one task and stayed (docs/performance.md).
+// About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that
+// way and stay runnable, so that it moves one of them; napping, they looked like one task and stayed
+// (docs/performance.md).
 constexpr int kYields = 500;
 
 int processors() {
@@ -78,8 +79,8 @@ ShmEngine::ShmEngine(int rank, const Geometry& g, std::shared_ptr<std::vector<Ar
 void ShmEngine::join(int rank, const Geometry& g) {
   control_ = reinterpret_cast<ControlPage*>(reinterpret_cast<char*>(box_[0]) - sizeof(ControlPage));
   team_ = {rank, g.nranks, box_.data(), &control_->failure, g.slots, g.slot_bytes, g.slice_bytes, true};
-  spins_ =
-      g.nranks <= processors() ? 200 : 0;  // with more ranks than processors a spinning one keeps its peer from running
+  // With more ranks than processors a spinning one keeps its peer from running.
+  spins_ = most_spins_ = g.nranks <= processors() ? 200 : 2;
 }
 
 ShmEngine::~ShmEngine() { close(); }
@@ -117,7 +118,8 @@ void ShmEngine::allreduce(const Call& call) {
   bool ok;
   {
     const DefaultFloatEnvironment environment;
-    ok = isa_.run({team_, bucket, header, store_, {spins_, kYields, timeout_ns_, team_.failure, this}, tally});
+    ok = isa_.run(
+        {team_, bucket, header, store_, {&spins_, most_spins_, kYields, timeout_ns_, team_.failure, this}, tally});
   }
   current_ = nullptr;
   tally.enter(Phase::wait);

@@ -76,7 +76,7 @@ class ShmEngine final : public Engine, private Patience {
   Team team_{};
   const Isa& isa_;
   Store store_ = Store::plain;
-  int spins_;
+  int spins_, most_spins_;  // see Waiting
   int64_t timeout_ns_ = 0;
   const int rejected_connections_;
   const int64_t arena_bytes_;

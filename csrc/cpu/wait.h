@@ -19,8 +19,12 @@ class Patience {
 };
 
 struct Waiting {
-  int spins;           // polls with a pause between: nothing else wants this processor
-  int yields;          // then polls with sched_yield between; then naps
+  // Polls with a pause between, then polls with sched_yield between, then naps. Spinning pays while the peer runs on
+  // another processor; put on the same one by the scheduler, a spinning rank keeps its peer from running. So the number
+  // halves when spinning was in vain and doubles when it was not; it outlives the call.
+  int* spins;
+  int most_spins;
+  int yields;
   int64_t timeout_ns;  // of one wait: a peer that makes progress is alive
   const uint64_t* failure;
   Patience* patience;
