@@ -118,8 +118,8 @@ MUTANTS = [
         "owner_keeps_its_undecoded_sum",
         "plain",
         "direct.h",
-        "memory.set(i, adopted(i));",
-        "memory.set(i, total(i));",
+        "memory.set(i, Codec::decode(scale, codes));",
+        "memory.set(i, values(i));",
     ),
     Mutant(
         "oneshot_skips_the_last_encode",

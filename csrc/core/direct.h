@@ -44,27 +44,63 @@ struct Direct {
     return wait_peers(lanes, t, kGiven, given + uint32_t(slice) + 1);  // pairs with (1)
   }
 
+  // One unit of my result: to every reader, and into user memory as they will decode it. `shared` is the message where
+  // all read the same one, else only its number counts.
+  template <class Values, class Memory>
+  DPCOMM_HD void settle(const Message<Codec>& shared, Range range, uint32_t number, int64_t at,
+                        const typename Codec::Scale& scale, const Values& values, const Memory& memory) {
+    constexpr int vectors = Lanes::template vectors<Codec>;
+    if (t.shared && Codec::scaled) {  // encoded once for both
+      DPCOMM_UNROLL
+      for (int i = 0; i < vectors; ++i) {
+        const auto codes = Codec::encode(scale, values(i));
+        lanes.push(shared.codes(at) + i * kVec, codes);
+        memory.set(i, Codec::decode(scale, codes));
+      }
+      if (at % kGroup == 0) *shared.exponent(at) = Codec::to_wire(scale);
+      return;
+    }
+    if (t.shared) push<Codec>(lanes, shared, at, scale, values);
+    for (int r = 0; r < t.nranks && !t.shared; ++r)
+      if (r != t.rank) push<Codec>(lanes, message(kResult, t.rank, r, number, range), at, scale, values);
+    const Rounded<Codec, Values> adopted{values, scale};
+    DPCOMM_UNROLL
+    for (int i = 0; i < vectors; ++i) memory.set(i, adopted(i));
+  }
+
   DPCOMM_HD void reduce(int64_t slice) {
     lanes.phase(Phase::reduce);
     const Range range = chunks.range(slice, t.rank);
     const uint32_t number = results + uint32_t(slice);
     const auto in = [&](int r) { return message(kGiven, r, t.rank, given + uint32_t(slice), range); };
-    const int any_reader = (t.rank + 1) % t.nranks;  // in shared memory all read the same slot
-    const auto out = message(kResult, t.rank, any_reader, number, range);
+    const auto shared = message(kResult, t.rank, (t.rank + 1) % t.nranks, number, range);  // any reader's
     const auto nranks = Codec::Element::divisor(t.nranks);
+    // A scale is the end of a long chain of dependent operations. Lanes that put off settle a group only after the sum
+    // of the next one, so that two chains overlap; the sum waits in user memory.
+    constexpr bool puts_off = Codec::scaled && Lanes::puts_off;
+    Memory<typename Codec::Element> before{};
+    typename Codec::Scale scale_before{};
+    int64_t at_before = -1;
+    const auto settle_before = [&] {
+      if (at_before >= 0) settle(shared, range, number, at_before, scale_before, before, before);
+      at_before = -1;
+    };
     each_memory<Codec, true>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;
       add_up<Codec>(t, op, nranks, memory, at, in, total);
       const auto scale = Codec::scale(lanes, total);
-      if (t.shared)
-        push<Codec>(lanes, out, at, scale, total);
-      else
-        for (int r = 0; r < t.nranks; ++r)
-          if (r != t.rank) push<Codec>(lanes, message(kResult, t.rank, r, number, range), at, scale, total);
-      const Rounded<Codec, Total<Codec, Lanes>> adopted{total, scale};
-      DPCOMM_UNROLL
-      for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, adopted(i));
+      if constexpr (puts_off) {
+        if (memory.unit.count == kGroup) {  // a short group's memory is a copy that ends with this call
+          DPCOMM_UNROLL
+          for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, total(i));
+          settle_before();
+          before = memory, scale_before = scale, at_before = at;
+          return;
+        }
+      }
+      settle(shared, range, number, at, scale, total, memory);
     });
+    if constexpr (puts_off) settle_before();
     post_peers(lanes, t, kResult, number + 1);  // (2)
   }
 

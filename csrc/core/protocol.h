@@ -2,6 +2,7 @@
 // CPU.
 //   vectors<Codec>                vectors of kVec elements that one lane moves at once; where the codec scales,
 //                                 kGroup / (vectors * kVec) lanes share a group
+//   puts_off                      whether settling a group of a scaled codec after the sum of the next one pays
 //   index(), count()              which lane this is, and of how many
 //   sync(ok)                      all lanes meet; true if ok on all, and what each wrote before is visible to each
 //   wait(flag, value)             this lane returns once the flag has reached value (acquire); false when it never will

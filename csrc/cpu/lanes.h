@@ -10,6 +10,7 @@ inline namespace DPCOMM_ISA {
 
 template <Store how>
 struct HostLanes {
+  static constexpr bool puts_off = true;
   template <class Codec>
   static constexpr int vectors = Codec::scaled ? kGroup / kVec : 8;
   const KernelCall& call;

@@ -7,6 +7,7 @@ namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
 struct CtaLanes {
+  static constexpr bool puts_off = false;  // other warps fill the time
   template <class Codec>
   static constexpr int vectors = 1;
   static_assert(kGroup == 32 * kVec, "group_max is a reduction over one warp");

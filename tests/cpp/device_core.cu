@@ -80,6 +80,7 @@ struct Cta {
 
 // CtaLanes, a thread instead of each CUDA thread.
 struct ThreadLanes {
+  static constexpr bool puts_off = false;
   template <class Codec>
   static constexpr int vectors = 1;
 

@@ -38,6 +38,7 @@ struct Meeting {
 template <int sharing>
 class RacingLanes {
  public:
+  static constexpr bool puts_off = true;
   template <class Codec>
   static constexpr int vectors = Codec::scaled ? kGroup / kVec / sharing : 8;
 
