@@ -76,7 +76,7 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Microseconds of each call of each subject, on the slowest rank. Collective; `advance` hears of calls made.
 
-    Every subject makes at least `iterations` timed calls, rounded up to whole turns, after `warmup` rounded up likewise.
+    Every subject makes at least `iterations` timed calls, in whole turns, after at least `warmup` untimed ones.
     """
     source = torch.randn(elems, generator=torch.Generator().manual_seed(dist.get_rank()))
     x = torch.empty_like(source)

@@ -28,13 +28,13 @@ class Job:
     """One asynchronous call. Holds addresses only: the caller keeps the memory alive until it is done."""
 
     def wait(self, timeout_s: float) -> bool:
-        """True when done, False when timeout_s ran out (negative: no limit); raises the call's error. Releases the GIL."""
+        """True when done, False when timeout_s ran out (negative: no limit); raises its error. Releases the GIL."""
     def is_completed(self) -> bool: ...
     def exception(self) -> Exception | None:
         """The call's error, None if it succeeded or still runs."""
 
 class Comm:
-    """A communicator's native half: an engine and the queue in front of it. Calls run in the order of their submission."""
+    """A communicator's native half: an engine and the queue in front of it. Calls run in their order."""
 
     rank: int
     nranks: int
