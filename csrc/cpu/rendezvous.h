@@ -14,28 +14,11 @@
 #include <string>
 #include <vector>
 
-#include "unique_fd.h"
+#include "handshake.h"
 
 namespace dpcomm {
 
 using Endpoint = std::array<uint8_t, 32>;
-using Secret = std::array<uint8_t, 32>;
-
-// What travels with each rank's memory descriptor (SCM_RIGHTS). The secret lies in [0, 32) in every version: it decides
-// whether the rest is a colleague's mistake or a stranger's noise.
-struct Handshake {
-  static constexpr uint32_t kMagic = 0x6d637064;  // "dpcm"
-  static constexpr uint32_t kVersion = 1;
-
-  Secret secret;
-  uint32_t magic;
-  uint32_t version;
-  int32_t rank;
-  int32_t nranks;
-  uint64_t memory_bytes;
-  uint64_t reserved;  // zero
-};
-static_assert(sizeof(Handshake) == 64);
 
 // What a rank has of a peer afterwards.
 struct Link {
