@@ -112,6 +112,7 @@ py::dict describe(Queue& queue) {
   d["store"] = s.store;
   d["arena_bytes"] = s.arena_bytes;
   d["slots"] = s.slots;
+  d["channels"] = s.channels;
   d["slot_bytes"] = s.slot_bytes;
   d["pids"] = s.pids;
   d["sequence"] = s.sequence;
@@ -140,11 +141,11 @@ std::unique_ptr<Queue> finish(ShmBuilder& builder, double timeout_s, const std::
   return std::make_unique<Queue>(builder.finish(timeout_s, name));
 }
 
-std::vector<std::unique_ptr<Queue>> local_group(int nranks, int64_t arena_bytes, double timeout_s,
-                                                const std::string& simd, const std::string& name) {
+std::vector<std::unique_ptr<Queue>> local_group(int nranks, const Wish& wish, double timeout_s, const std::string& simd,
+                                                const std::string& name) {
   const py::gil_scoped_release no_gil;
   std::vector<std::unique_ptr<Queue>> group;
-  for (auto& engine : local_engines(nranks, arena_bytes, timeout_s, simd, name))
+  for (auto& engine : local_engines(nranks, wish, timeout_s, simd, name))
     group.push_back(std::make_unique<Queue>(std::move(engine)));
   return group;
 }
@@ -167,11 +168,12 @@ void add_constants(py::module_& m) {
 #endif
   m.attr("LAYOUT") = kLayout;
   m.attr("MAX_RANKS") = kMaxRanks;
+  m.attr("MAX_CHANNELS") = kMostChannels;
   m.attr("DTYPES") =
       table({Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64});
   m.attr("OPS") = table({Op::sum, Op::mean, Op::min, Op::max});
   m.attr("CODECS") = table({CodecKind::none, CodecKind::fp16});
-  m.attr("ALGORITHMS") = table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot});
+  m.attr("ALGORITHMS") = table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot, Algorithm::ring});
 }
 
 void add_functions(py::module_& m) {
@@ -195,7 +197,7 @@ void add_functions(py::module_& m) {
         return int(choose_algorithm((elems + kGroup - 1) / kGroup, Dtype(dtype), CodecKind(codec), nranks));
       },
       py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("nranks"));
-  m.def("local_group", &local_group, py::arg("nranks"), py::arg("arena_bytes"), py::arg("timeout_s"), py::arg("simd"),
+  m.def("local_group", &local_group, py::arg("nranks"), py::arg("wish"), py::arg("timeout_s"), py::arg("simd"),
         py::arg("name"));
 }
 
@@ -268,9 +270,17 @@ void add_classes(py::module_& m) {
       .def("stats", &stats, py::arg("reset"))
       .def("describe", &describe);
 
+  py::class_<Wish>(m, "ShmWish")
+      .def(py::init([](int64_t arena_bytes, int channels, bool fewer_channels, bool crowded, int slots,
+                       int64_t slice_bytes) {
+             return Wish{arena_bytes, channels, fewer_channels, crowded, slots, slice_bytes};
+           }),
+           py::arg("arena_bytes"), py::arg("channels") = 1, py::arg("fewer_channels") = false,
+           py::arg("crowded") = false, py::arg("slots") = 0, py::arg("slice_bytes") = 0);
+
   py::class_<ShmBuilder>(m, "ShmBuilder")
-      .def(py::init<int, int, int64_t, const std::string&>(), py::arg("rank"), py::arg("nranks"),
-           py::arg("arena_bytes"), py::arg("simd"))
+      .def(py::init<int, int, const Wish&, const std::string&>(), py::arg("rank"), py::arg("nranks"), py::arg("wish"),
+           py::arg("simd"))
       .def("endpoint",
            [](const ShmBuilder& b) {
              return py::bytes(reinterpret_cast<const char*>(b.endpoint().data()), b.endpoint().size());

@@ -49,6 +49,8 @@ const char* name_of(Algorithm algorithm) {
       return "direct";
     case Algorithm::oneshot:
       return "oneshot";
+    case Algorithm::ring:
+      return "ring";
   }
   return "?";
 }

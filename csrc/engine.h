@@ -40,7 +40,7 @@ struct Stats {
 struct Description {
   std::string engine, simd, store;
   int64_t arena_bytes = 0, slot_bytes = 0;
-  int slots = 0, rejected_connections = 0;
+  int slots = 0, channels = 1, rejected_connections = 0;
   uint64_t sequence = 0;
   std::vector<int> pids;
 };

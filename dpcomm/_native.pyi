@@ -9,11 +9,12 @@ cuda_built: bool
 cuda_version: str  # "13.0", or "" where the extension was built without CUDA
 LAYOUT: int  # version of wire and arena layout; ranks compare it before they share memory
 MAX_RANKS: int  # of the shm engine
+MAX_CHANNELS: int  # threads a rank may move one tensor with
 
 DTYPES: dict[str, int]  # "float32" "float64" "float16" "bfloat16" "int32" "int64"
 OPS: dict[str, int]  # "sum" "mean" "min" "max"
 CODECS: dict[str, int]  # "none" "fp16"
-ALGORITHMS: dict[str, int]  # "auto" "direct" "oneshot"
+ALGORITHMS: dict[str, int]  # "auto" "direct" "oneshot" "ring"
 
 def simd() -> list[str]:
     """Instruction sets usable on this processor, best first; the last is always "portable"."""
@@ -60,12 +61,28 @@ class Comm:
     def stats(self, reset: bool) -> dict[str, float]:
         """calls input_bytes wire_bytes put_s reduce_s get_s wait_s nonfinite_groups."""
     def describe(self) -> dict[str, object]:
-        """engine simd store arena_bytes slots slot_bytes pids sequence rejected_connections."""
+        """engine simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections."""
+
+class ShmWish:
+    """What ranks ask the shm engine for; equal on all of them."""
+
+    def __init__(
+        self,
+        arena_bytes: int,
+        channels: int = 1,
+        fewer_channels: bool = False,
+        crowded: bool = False,
+        slots: int = 0,
+        slice_bytes: int = 0,
+    ) -> None:
+        """arena_bytes, channels: at most. fewer_channels: if they are faster at start. crowded: more ranks than
+        processors. slots (a power of two, at least 4), slice_bytes: 0 takes what performs best. No bit depends on any.
+        """
 
 class ShmBuilder:
     """Builds one rank of an shm communicator in stages; Python compares the ranks' outcomes between them."""
 
-    def __init__(self, rank: int, nranks: int, arena_bytes: int, simd: str) -> None:
+    def __init__(self, rank: int, nranks: int, wish: ShmWish, simd: str) -> None:
         """Stage allocate: the sealed memfd and the listening abstract socket. simd "" takes the best."""
     def endpoint(self) -> bytes:
         """32 random bytes: the name this rank listens at."""
@@ -78,7 +95,7 @@ class ShmBuilder:
     def finish(self, timeout_s: float, name: str) -> Comm:
         """Stage verify: first calls check the path and choose the store policy. name: the 4 hex digits in messages."""
 
-def local_group(nranks: int, arena_bytes: int, timeout_s: float, simd: str, name: str) -> list[Comm]:
+def local_group(nranks: int, wish: ShmWish, timeout_s: float, simd: str, name: str) -> list[Comm]:
     """Ranks that are threads of this process."""
 
 def cuda_reason() -> str:
@@ -92,7 +109,7 @@ class LoopbackCall:
     dtype: int  # float32; with codec none also bfloat16, by algorithm direct
     op: int
     codec: int
-    algorithm: int  # direct (the default) or oneshot
+    algorithm: int  # direct (the default), oneshot or ring
     timeout_s: float  # of one wait on the device
     slots: int
     slot_bytes: int

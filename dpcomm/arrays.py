@@ -1,4 +1,4 @@
-"""Tensors and arrays become segments: address, count, dtype. The only module that looks inside tensors.
+"""Tensors and arrays become parts of a call: address, count, dtype. The only module that looks inside tensors.
 
 What lies in CPU memory, contiguous, aligned and in native byte order is reduced where it is; all else is copied into a
 buffer and back. Knows nothing of ranks, codecs or calls.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +18,22 @@ import torch
 from dpcomm.errors import ArgumentError, Error, UnsupportedError, bare_message
 
 Array: TypeAlias = Any  # torch.Tensor, numpy.ndarray, or an object with __dlpack__ that lies in CPU memory
-Bytes: TypeAlias = "npt.NDArray[np.int64]"
+Intervals: TypeAlias = "npt.NDArray[np.int64]"  # two rows: where each begins and where it ends
 
 NAMES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "complex64", "complex128")
 TORCH_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in NAMES}
 NUMPY_NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in NAMES if name != "bfloat16"}
+# Without complex tensors, which may be lazily conjugated.
+REAL_NAMES = {dtype: name for dtype, name in TORCH_NAMES.items() if not dtype.is_complex}
+ITEMSIZES = {name: dtype.itemsize for dtype, name in TORCH_NAMES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+STRIDED = torch.strided
 MAX_BYTES = 2**63 - 1
 CPU_ONLY = "the engines of this version serve CPU memory only"
 
 
 class Segment:
-    """One array's piece of a call. `finish` must run once, after the call succeeded.
+    """One array's piece of a call, looked at closely. `finish` must run once, after the call succeeded.
 
     Attributes:
         address: Of the memory to reduce, 0 where count is 0.
@@ -68,10 +72,15 @@ class Segment:
         else:
             self.address = int(buffer.__array_interface__["data"][0])
 
-    @property
-    def contiguous(self) -> bool:
-        """Whether the elements fill [start, end)."""
-        return bool(self.end - self.start == self.count * self.itemsize)
+    def runs(self) -> Intervals:
+        """The user's memory as stretches without gaps. For an array that does not overlap itself."""
+        length, starts = self.itemsize, np.array([self.start], np.int64)
+        for stride, size in sorted((abs(stride), size) for stride, size in zip(self.strides, self.shape, strict=True)):
+            if size > 1 and len(starts) == 1 and stride == length:
+                length *= size
+            elif size > 1:
+                starts = np.add.outer(starts, np.arange(size, dtype=np.int64) * stride).reshape(-1)
+        return np.stack([starts, starts + length])
 
     def finish(self) -> None:
         """Copies the result to where the user wants it."""
@@ -85,26 +94,63 @@ class Segment:
             self._target[...] = buffer
 
 
+class Parts(NamedTuple):
+    """The arrays of one call in columns, so that a list of thousands costs little for each.
+
+    Attributes:
+        addresses, counts, dtypes: What is reduced, array by array.
+        segments: By their place in the list, the arrays that `direct` did not take.
+    """
+
+    addresses: list[int]
+    counts: list[int]
+    dtypes: list[str]
+    segments: dict[int, Segment]
+
+    def extents(self) -> Intervals:
+        """Between which bytes of the user's memory each array lies."""
+        starts, counts = np.array(self.addresses, np.int64), np.array(self.counts, np.int64)
+        both = np.stack([starts, starts + counts * np.array([ITEMSIZES[dtype] for dtype in self.dtypes], np.int64)])
+        for place, made in self.segments.items():
+            both[:, place] = made.start, made.end
+        both[:, counts == 0] = 0
+        return both
+
+
 def direct(x: Array) -> tuple[int, int, str] | None:
     """Address, count and dtype name of the usual case, at the least cost; None where `segment` must look closer."""
     if type(x) in PLAIN:
-        name = TORCH_NAMES.get(x.dtype)
+        name = REAL_NAMES.get(x.dtype)
         if (
             name is not None
             and x.is_cpu
-            and x.layout is torch.strided
+            and x.layout is STRIDED
             and x.is_contiguous()
-            and not x.requires_grad
             and not x.is_neg()
-            and not x.is_conj()
+            and not (x.requires_grad and torch.is_grad_enabled())
         ):
             return _data_ptr(x), x.numel(), name
     elif type(x) is np.ndarray:
         name = NUMPY_NAMES.get(x.dtype)
-        flags = x.flags
-        if name is not None and flags.carray:  # C-contiguous, aligned, writeable
-            return x.__array_interface__["data"][0], x.size, name
+        if name is not None and x.flags.carray:  # C-contiguous, aligned, writeable
+            return _array_address(x), x.size, name
     return None
+
+
+def parts(x: Array | Sequence[Array]) -> Parts:
+    """Validates what a call was given, an array or a list of them; not whether any share memory (`check_overlap`)."""
+    listed = isinstance(x, (list, tuple))
+    addresses, counts, dtypes = [], [], []
+    segments = {}
+    for place, item in enumerate(x if listed else [x]):
+        plain = direct(item)
+        if plain is None:
+            made = segments[place] = _item(item, place) if listed else segment(item)
+            plain = made.address, made.count, made.dtype
+        addresses.append(plain[0])
+        counts.append(plain[1])
+        dtypes.append(plain[2])
+    return Parts(addresses, counts, dtypes, segments)
 
 
 def segment(x: Array) -> Segment:
@@ -125,31 +171,21 @@ def segment(x: Array) -> Segment:
     raise ArgumentError(f"allreduce: expected a tensor or a list of tensors, got {type(x).__name__}")
 
 
-def segments(xs: Sequence[Array]) -> list[Segment]:
-    """Validates the arrays of one list, and that no two of them share memory."""
-    made = []
-    for index, x in enumerate(xs):
-        try:
-            made.append(segment(x))
-        except Error as error:
-            raise type(error)(f"{bare_message(error)} (item {index} of the list)") from None
-    check_overlap(made)
-    return made
-
-
-def check_overlap(parts: Sequence[Segment]) -> None:
-    """Raises ArgumentError where two segments share memory (row-wise interleaved views do not)."""
-    order = sorted((part.start, part.end, index) for index, part in enumerate(parts) if part.count)
-    for position, (_, end, index) in enumerate(order):
-        for start, _, other in order[position + 1 :]:
-            if start >= end:
-                break
-            shared = _shared_bytes(parts[index], parts[other])
-            if shared:
-                first, second = sorted((index, other))
-                raise ArgumentError(
-                    f"allreduce: tensors {first} and {second} overlap by {shared} bytes. Pass each memory once."
-                )
+def check_overlap(lists: Sequence[Parts]) -> None:
+    """Raises ArgumentError where two arrays of all lists share memory (row-wise interleaved views do not)."""
+    extents = np.concatenate([one.extents() for one in lists], axis=1)
+    if _overlap(extents) is None:
+        return
+    segments = [one.segments.get(place) for one in lists for place in range(len(one.counts))]
+    runs = [extents[:, [i]] if made is None or not made.count else made.runs() for i, made in enumerate(segments)]
+    found = _overlap(np.concatenate(runs, axis=1))
+    if found is not None:
+        owners = np.repeat(np.arange(len(runs)), [one.shape[1] for one in runs])
+        first, second = sorted(owners[list(found)])
+        raise ArgumentError(
+            f"allreduce: tensors {first} and {second} overlap by {_shared_bytes(runs[first], runs[second])} bytes. "
+            "Pass each memory once."
+        )
 
 
 def is_whole_storage(x: torch.Tensor) -> bool:
@@ -167,11 +203,23 @@ def digest(x: Array) -> tuple[str, int]:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}", value
 
 
+def _item(x: Array, place: int) -> Segment:
+    try:
+        return segment(x)
+    except Error as error:
+        raise type(error)(f"{bare_message(error)} (item {place} of the list)") from None
+
+
 def _data_ptr(x: torch.Tensor) -> int:
     try:
         return x.data_ptr()
     except RuntimeError as error:  # functorch wrappers, freed storages
         raise UnsupportedError(f"allreduce: the tensor has no memory of its own ({error})") from None
+
+
+def _array_address(x: npt.NDArray[Any]) -> int:
+    """Of a writeable C-contiguous array; a third of what `__array_interface__` costs. 0 where it is empty."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(x)) if x.size else 0  # type: ignore[arg-type]
 
 
 def _tensor_segment(x: torch.Tensor) -> Segment:
@@ -235,17 +283,21 @@ def _check_self_overlap(made: Segment) -> None:
         reach += (made.shape[dim] - 1) * stride
 
 
-def _shared_bytes(a: Segment, b: Segment) -> int:
-    """How many bytes two segments share. Exact; slow only for strided views whose extents overlap."""
-    if a.contiguous and b.contiguous:
-        return int(min(a.end, b.end) - max(a.start, b.start))
-    return int(np.intersect1d(_byte_addresses(a), _byte_addresses(b)).size)
+def _overlap(intervals: Intervals) -> tuple[int, int] | None:
+    """Two intervals that overlap, if any do."""
+    order = intervals[0].argsort(kind="stable")
+    starts, ends = intervals[:, order]
+    inside = starts[1:] < np.maximum.accumulate(ends)[:-1]
+    if not inside.any():
+        return None
+    later = int(inside.argmax()) + 1
+    return int(order[ends[:later].argmax()]), int(order[later])
 
 
-def _byte_addresses(part: Segment) -> Bytes:
-    addresses: Bytes = np.arange(part.itemsize, dtype=np.int64)
-    for size, stride in zip(part.shape, part.strides, strict=True):
-        addresses = np.add.outer(np.arange(size, dtype=np.int64) * stride, addresses)
-    origin = part.start - sum((n - 1) * s for n, s in zip(part.shape, part.strides, strict=True) if s < 0)
-    flat: Bytes = addresses.reshape(-1) + origin
-    return flat
+def _shared_bytes(a: Intervals, b: Intervals) -> int:
+    """How many bytes two arrays share, of which neither overlaps itself."""
+    both = np.concatenate([a, b], axis=1)
+    starts, ends = both[:, both[0].argsort()]
+    reach = np.maximum.accumulate(ends)
+    covered = reach[0] - starts[0] + (reach[1:] - np.maximum(starts[1:], reach[:-1])).sum()
+    return int((both[1] - both[0]).sum() - covered)

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from dpcomm import _native, environment
+from dpcomm import _native, environment, processors
 from dpcomm.errors import ArgumentError, Error, UnsupportedError
 from dpcomm.options import Options
 from dpcomm.records import Hello, bitmap, ranks_in
@@ -111,7 +111,8 @@ def _build_shm(meeting: Rendezvous, options: Options) -> _native.Comm:
     built: dict[str, Any] = {}
 
     def allocate() -> bytes:
-        built["shm"] = _native.ShmBuilder(rank, nranks, options.arena_bytes, options.simd)
+        own = processors.share([(hello.processors, hello.processor_set) for hello in meeting.hellos])
+        built["shm"] = _native.ShmBuilder(rank, nranks, processors.shm_wish(options, own), options.simd)
         return bytes(built["shm"].endpoint()) + (secrets.token_bytes(SECRET_BYTES) if rank == 0 else b"")
 
     payloads = meeting.stage("allocate", allocate)

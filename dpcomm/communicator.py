@@ -9,7 +9,6 @@ import contextlib
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +17,7 @@ from torch._C._distributed_c10d import Store
 
 from dpcomm import _native, arrays, bootstrap
 from dpcomm import options as opt
-from dpcomm.buckets import pack
+from dpcomm.buckets import Bucket, pack
 from dpcomm.errors import ArgumentError, Error, InternalError
 from dpcomm.work import Work
 
@@ -41,7 +40,7 @@ class Communicator:
         device: None or "cpu".
         codec: What travels, "none" or "fp16"; calls may choose another.
         engine: "auto" or "shm".
-        algorithm: "auto", "direct" or "oneshot"; calls may choose another.
+        algorithm: "auto", "direct", "oneshot" or "ring"; calls may choose another.
         timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
             first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.
         bucket_cap_mb: Size in MiB up to which the tensors of a list are reduced together.
@@ -212,29 +211,31 @@ class Communicator:
             return self._submit(x, parts, request)
         if self._native is not None:
             for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
-                self._native.run(*_arguments(bucket.dtype, bucket.segments, request))
-            for part in parts:
-                part.finish()
+                self._native.run(*_arguments(bucket, request))
+            for segment in parts.segments.values():
+                segment.finish()
         return x
 
-    def _prepare(self, x: Any, request: opt.Request) -> list[arrays.Segment]:
+    def _prepare(self, x: Any, request: opt.Request) -> arrays.Parts:
         """Validates x against the request; nothing is sent."""
         self._refuse_closed()
-        parts = arrays.segments(x) if isinstance(x, (list, tuple)) else [arrays.segment(x)]
-        for part in parts:
-            if part.dtype not in request.dtypes:
-                raise opt.refuse_dtype(part.dtype, request)
+        parts = arrays.parts(x)
+        for dtype in dict.fromkeys(parts.dtypes):
+            if dtype not in request.dtypes:
+                raise opt.refuse_dtype(dtype, request)
+        if len(parts.dtypes) > 1:
+            arrays.check_overlap([parts])
         return parts
 
-    def _submit(self, x: Any, parts: Sequence[arrays.Segment], request: opt.Request) -> Work:
+    def _submit(self, x: Any, parts: arrays.Parts, request: opt.Request) -> Work:
         """Queues what `_prepare` accepted."""
         self._release_completed()
-        work = Work(parts, (self, x))
+        work = Work(list(parts.segments.values()), (self, x))
         native = self._native
         if native is not None:
             self._pending.append(work)  # before the first job: the arrays must live even if a later submit raises
             for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
-                work._add(native.submit(*_arguments(bucket.dtype, bucket.segments, request)))
+                work._add(native.submit(*_arguments(bucket, request)))
         return work
 
     def _submit_bucket(self, x: torch.Tensor, request: opt.Request, bucket: int) -> _native.Job | None:
@@ -289,16 +290,15 @@ class Communicator:
             if name == "auto":
                 name = names[_native.choose_algorithm(1 << exponent, dtype, codec, self.nranks)]
             if not table or table[-1]["algorithm"] != name:
-                table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": "rank_order"})
+                bit_class = "ring" if name == "ring" else "rank_order"
+                table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
 
 
-def _arguments(
-    dtype: str, parts: Sequence[arrays.Segment], request: opt.Request
-) -> tuple[list[int], list[int], int, int, int, int, int]:
-    native_dtype, width = request.dtypes[dtype]
-    addresses, counts = [part.address for part in parts], [part.count * width for part in parts]
-    return addresses, counts, native_dtype, request.op, request.codec, request.algorithm, -1
+def _arguments(bucket: Bucket, request: opt.Request) -> tuple[list[int], list[int], int, int, int, int, int]:
+    native_dtype, width = request.dtypes[bucket.dtype]
+    counts = bucket.counts if width == 1 else [count * width for count in bucket.counts]
+    return bucket.addresses, counts, native_dtype, request.op, request.codec, request.algorithm, -1
 
 
 def _close_native(native: _native.Comm, pid: int) -> None:

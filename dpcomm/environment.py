@@ -3,6 +3,8 @@
 DPCOMM_TIMEOUT_S   seconds; takes the place of the default of 300 (an explicit other timeout_s wins)
 DPCOMM_ARENA_MB    MiB of shared memory a rank may take at most; the same on all ranks; default 64
 DPCOMM_SIMD        instruction set of the kernels, one of `dpcomm.info()["simd"]`; default: the best
+DPCOMM_CHANNELS    threads that a rank moves large tensors with, 1 to 8; the same on all ranks; default: what is
+                   fastest at start, where a rank has several processors to itself
 DPCOMM_CUDA        read by setup.py only
 """
 
@@ -21,7 +23,7 @@ DEFAULT_TIMEOUT_S = 300.0
 MAX_TIMEOUT_S = 30 * 24 * 3600.0
 DEFAULT_ARENA_MB = 64
 MAX_ARENA_MB = 64 * 1024
-KNOWN = ("DPCOMM_TIMEOUT_S", "DPCOMM_ARENA_MB", "DPCOMM_SIMD", "DPCOMM_CUDA")
+KNOWN = ("DPCOMM_TIMEOUT_S", "DPCOMM_ARENA_MB", "DPCOMM_SIMD", "DPCOMM_CHANNELS", "DPCOMM_CUDA")
 
 
 class Environment(NamedTuple):
@@ -30,6 +32,7 @@ class Environment(NamedTuple):
     timeout_s: float
     arena_bytes: int
     simd: str  # "" takes the best
+    channels: int  # 0: measured
 
 
 def read() -> Environment:
@@ -39,7 +42,7 @@ def read() -> Environment:
         ArgumentError: A value cannot be parsed or is out of range.
     """
     _warn_unknown(tuple(sorted(name for name in os.environ if name.startswith("DPCOMM_") and name not in KNOWN)))
-    return Environment(_timeout_s(), _arena_bytes(), _simd())
+    return Environment(_timeout_s(), _arena_bytes(), _simd(), _channels())
 
 
 @functools.cache
@@ -84,3 +87,16 @@ def _simd() -> str:
     if text and text not in _native.simd():
         raise ArgumentError(f"DPCOMM_SIMD={text!r}: this processor offers {', '.join(_native.simd())}")
     return text
+
+
+def _channels() -> int:
+    text = os.environ.get("DPCOMM_CHANNELS")
+    if text is None:
+        return 0
+    try:
+        channels = int(text)
+    except ValueError:
+        raise ArgumentError(f"DPCOMM_CHANNELS={text!r}: expected a whole number") from None
+    if not 1 <= channels <= _native.MAX_CHANNELS:
+        raise ArgumentError(f"DPCOMM_CHANNELS={text!r}: expected 1 to {_native.MAX_CHANNELS}")
+    return channels

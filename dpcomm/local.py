@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dpcomm import _native, arrays
+from dpcomm import _native, arrays, processors
 from dpcomm import options as opt
 from dpcomm.communicator import Communicator
 from dpcomm.errors import ArgumentError, UnsupportedError
@@ -45,7 +45,8 @@ def init_local(
     if nranks > _native.MAX_RANKS:
         raise UnsupportedError(f"init_local: shm engine supports at most {_native.MAX_RANKS} ranks, got {nranks}")
     first = options[0]
-    natives = _native.local_group(nranks, first.arena_bytes, first.timeout_s, first.simd, secrets.token_hex(2))
+    wish = processors.shm_wish(first, processors.share([processors.processor_set()] * nranks))
+    natives = _native.local_group(nranks, wish, first.timeout_s, first.simd, secrets.token_hex(2))
     return [Communicator._from_native(native, rank, nranks, first) for rank, native in enumerate(natives)]
 
 
@@ -78,7 +79,7 @@ def allreduce_local(
     requests = [comm._request(op, codec, algorithm) for comm in comms]
     # All are validated before any is submitted: a rank that is refused later would leave the others waiting.
     parts = [comm._prepare(x, request) for comm, x, request in zip(comms, xs, requests, strict=True)]
-    arrays.check_overlap([part for rank_parts in parts for part in rank_parts])
+    arrays.check_overlap(parts)
     works = [comm._submit(x, p, r) for comm, x, p, r in zip(comms, xs, parts, requests, strict=True)]
     for work in works:
         work.wait()

@@ -16,6 +16,7 @@ from dpcomm.errors import ArgumentError, UnsupportedError
 
 MAX_TIMEOUT_S = environment.MAX_TIMEOUT_S
 FLOATS = ("float32", "float64", "float16", "bfloat16")
+ENCODED = ("float32", "float16", "bfloat16")  # what a codec other than none serves
 # Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
 LATER_ENGINES = ("p2p", "nccl", "gloo", "torch")
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     bucket_cap_mb: float
     arena_bytes: int
     simd: str
+    channels: int  # 0: measured
 
 
 def op_name(op: object) -> str:
@@ -89,7 +91,7 @@ def request(op: object, codec: object, algorithm: object) -> Request:
 def _dtypes(op: str, codec: str) -> dict[str, tuple[int, int]]:
     native = _native.DTYPES
     if codec != "none":
-        return {"float32": (native["float32"], 1)}
+        return {name: (native[name], 1) for name in ENCODED}
     served = {name: (code, 1) for name, code in native.items() if op != "mean" or name in FLOATS}
     if op in ("sum", "mean"):
         served |= {name: (native[part], 2) for name, part in COMPLEX.items()}
@@ -146,6 +148,7 @@ def resolve(
         bucket_cap_mb=positive("bucket_cap_mb", bucket_cap_mb, 1e9),
         arena_bytes=env.arena_bytes,
         simd=env.simd,
+        channels=env.channels,
     )
 
 

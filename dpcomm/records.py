@@ -23,7 +23,7 @@ PAYLOAD_BYTES = 64
 
 PREFIX = struct.Struct("<8sIII24s")
 CRC = struct.Struct("<I")
-HELLO = struct.Struct("<IqqQQQ40s64s128s16s16s16sdq")
+HELLO = struct.Struct("<IqqQQQ40s64s128s16s16s16sdqIII")
 OUTCOME = struct.Struct("<I16sii1024sI64s")
 
 
@@ -45,6 +45,9 @@ class Hello(NamedTuple):
     algorithm: str
     bucket_cap_mb: float
     arena_bytes: int
+    channels: int  # asked for; 0: measured
+    processors: int  # that the process may run on
+    processor_set: int  # the same for the same processors
 
 
 class Outcome(NamedTuple):

@@ -24,6 +24,7 @@ from dpcomm.errors import (
     from_native,
 )
 from dpcomm.options import Options
+from dpcomm.processors import processor_set
 from dpcomm.records import PAYLOAD_BYTES, Hello, Outcome, bitmap, decode, encode, ranks_in
 
 STAGES = ("hello", "validate", "allocate", "probe", "bind", "verify")
@@ -176,6 +177,7 @@ class Rendezvous:
 def hello_of(site: Site, options: Options | None) -> Hello:
     """This process's own record. Without options (they were refused) the codec is empty."""
     pid = os.getpid()
+    processors, number = processor_set()
     return Hello(
         rank=site.rank,
         nranks=site.nranks,
@@ -192,6 +194,9 @@ def hello_of(site: Site, options: Options | None) -> Hello:
         algorithm=options.algorithm if options else "",
         bucket_cap_mb=options.bucket_cap_mb if options else 0.0,
         arena_bytes=options.arena_bytes if options else 0,
+        channels=options.channels if options else 0,
+        processors=processors,
+        processor_set=number,
     )
 
 
@@ -207,7 +212,7 @@ def process_start_time(pid: int) -> int:
 
 def _compare(a: Hello, b: Hello, number: int) -> None:
     """Raises MismatchError for the first option in which two ranks differ. Time limits may differ."""
-    for field in ("nranks", "group", "engine", "codec", "algorithm", "bucket_cap_mb", "arena_bytes", "uid"):
+    for field in ("nranks", "group", "engine", "codec", "algorithm", "bucket_cap_mb", "arena_bytes", "channels", "uid"):
         ours, theirs = getattr(a, field), getattr(b, field)
         if ours != theirs:
             raise MismatchError(

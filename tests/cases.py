@@ -21,9 +21,10 @@ import dpcomm
 Array = NDArray[Any]
 
 RANKS = (1, 2, 3, 4, 5, 8)
-ALGORITHMS = ("direct", "oneshot", "auto")
+ALGORITHMS = ("direct", "oneshot", "ring", "auto")
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 DTYPES = (*FLOATS, "int32", "int64")
+ENCODED = ("float32", "float16", "bfloat16")  # what codecs other than none serve
 CARRIED = {"bfloat16": reference.BFLOAT16}  # numpy has no bfloat16: bit patterns stand for it
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -45,7 +46,9 @@ class Case:
         return [values(self.dtype, count, rng, self.special) for count in self.counts]
 
     def expected(self, nranks: int) -> list[Array]:
-        return reference.allreduce([self.inputs(r) for r in range(nranks)], self.op, codec=self.codec)
+        bit_class = "ring" if self.algorithm == "ring" else "rank_order"
+        inputs = [self.inputs(r) for r in range(nranks)]
+        return reference.allreduce(inputs, self.op, codec=self.codec, bit_class=bit_class)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ MUTANTS = [
         "one_header_page",
         "tsan",
         "protocol.h",
-        "const int page = int(mine.sequence % 2);",
+        "const int page = int(t.box[t.rank]->sent[kHeader] % 2);",
         "const int page = 0;",
         times=2,
     ),
@@ -79,6 +79,14 @@ MUTANTS = [
         "tsan",
         "direct.h",
         "if (!wait_peers(lanes, t, kResult, number + 1)) return false;",
+        "if (load_acquire(t.failure) != 0) return false;",
+    ),
+    Mutant("ring_without_credits", "tsan", "ring.h", "if (sends && !wait_for_room()) return false;", ""),
+    Mutant(
+        "ring_does_not_wait_for_messages",
+        "tsan",
+        "ring.h",
+        "if (turn > 0 && !wait_for_message()) return false;",
         "if (load_acquire(t.failure) != 0) return false;",
     ),
     # ---- the protocol
@@ -93,8 +101,8 @@ MUTANTS = [
         "counters_forget_results",
         "plain",
         "protocol.h",
-        "sent[kResult] += results;",
-        "sent[kResult] += results & 0;",
+        "sent[kResult] += call.results;",
+        "sent[kResult] += call.results & 0;",
     ),
     Mutant(
         "headers_are_not_compared",
@@ -111,6 +119,13 @@ MUTANTS = [
         "      if (!d.arrived(c - 1)) return false;\n      d.reduce(c - 1);",
         "if (!d.arrived(c - 1)) return false;\n      d.reduce(c - 1);\n"
         "      if (c == 1 && !agree(lanes, t, header)) return false;",
+    ),
+    Mutant(
+        "ring_writes_memory_before_headers_are_compared",
+        "plain",
+        "ring.h",
+        "first == 0 && turn == 1 &&",
+        "first == 0 && turn == t.nranks &&",
     ),
     Mutant("last_cause_wins", "plain", "portable.h", "uint64_t expected = 0;", "uint64_t expected = *word;"),
     # ---- the bits
@@ -148,6 +163,34 @@ MUTANTS = [
         "direct.h",
         "chunks.range(slice, owner);\n      put<Codec>",
         "chunks.range(slice, t.rank);\n      put<Codec>",
+    ),
+    Mutant(
+        "ring_starts_at_another_rank",
+        "plain",
+        "ring.h",
+        "(t.rank - turn + 2 * t.nranks)",
+        "(t.rank - turn + 1 + 2 * t.nranks)",
+    ),
+    Mutant(
+        "ring_divides_at_every_hop",
+        "plain",
+        "ring.h",
+        "if constexpr (last) total.finish(op, nranks);",
+        "total.finish(op, nranks);",
+    ),
+    Mutant(
+        "ring_owner_keeps_its_undecoded_sum",
+        "plain",
+        "ring.h",
+        "memory.set(i, adopted(i));",
+        "memory.set(i, total(i));",
+    ),
+    Mutant(
+        "ring_forwards_codes_without_exponents",
+        "plain",
+        "ring.h",
+        "*out.exponent(at) = *in.exponent(at);",
+        "*out.exponent(at) = 0;",
     ),
     Mutant(
         "tail_is_not_zero",

@@ -153,8 +153,9 @@ def check(inputs: Sequence[Sequence[Array]], op: str, codec: str) -> None:
     kinds = {x.dtype.kind for x in inputs[0]}
     if op == "mean" and "i" in kinds:
         raise ValueError("mean of integers")
-    if codec == "fp16" and (op not in ("sum", "mean") or any(x.dtype != np.float32 for x in inputs[0])):
-        raise ValueError("codec fp16 takes sums and means of float32")
+    encodable = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+    if codec == "fp16" and (op not in ("sum", "mean") or any(x.dtype not in encodable for x in inputs[0])):
+        raise ValueError("codec fp16 takes sums and means of float32, float16 and bfloat16")
 
 
 def allreduce(
@@ -181,7 +182,7 @@ def allreduce(
 
 def rank_order(xs: Sequence[Array], op: str, codec: str) -> Array:
     """One segment, `xs[rank]`. Contributions travel through the codec (one's own too), and so does the result."""
-    travelled = [through_fp16(x) if codec == "fp16" else widen(x) for x in xs]
+    travelled = [through_fp16(widen(x)) if codec == "fp16" else widen(x) for x in xs]
     total = canonical(finish(reduce(COMBINE[op], travelled), op, len(xs)))
     return narrow(through_fp16(total) if codec == "fp16" else total, xs[0].dtype)
 

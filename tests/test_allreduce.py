@@ -21,7 +21,7 @@ from cases import ALGORITHMS, RANKS, Case, check_bits, check_local, tensor
 import dpcomm
 
 Comms = Callable[..., list[dpcomm.Communicator]]
-KINDS = [("none", dtype) for dtype in cases.DTYPES] + [("fp16", "float32")]
+KINDS = [("none", dtype) for dtype in cases.DTYPES] + [("fp16", dtype) for dtype in cases.ENCODED]
 kinds = pytest.mark.parametrize(("codec", "dtype"), KINDS, ids=["-".join(kind) for kind in KINDS])
 
 
@@ -86,7 +86,7 @@ def test_bits_around_slot_and_chunk_edges(local: Comms, codec: str, algorithm: s
 
 
 @ranks(2, 3, 8)
-@pytest.mark.parametrize("algorithm", ["direct", "oneshot"])
+@pytest.mark.parametrize("algorithm", ["direct", "oneshot", "ring"])
 @pytest.mark.parametrize(("codec", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("fp16", "float32")])
 def test_bits_of_a_million_elements(local: Comms, codec: str, dtype: str, algorithm: str, nranks: int) -> None:
     check_local(local(nranks), Case((2**20 + 3,), dtype, "mean", codec, algorithm, special=True))
@@ -95,7 +95,7 @@ def test_bits_of_a_million_elements(local: Comms, codec: str, dtype: str, algori
 @ranks(17, 64)
 @pytest.mark.parametrize("codec", ["none", "fp16"])
 def test_bits_of_many_ranks(local: Comms, codec: str, nranks: int) -> None:
-    for algorithm in ("direct", "oneshot"):
+    for algorithm in ("direct", "oneshot", "ring"):
         check_local(local(nranks, arena_mb=8), Case((20_011,), "float32", "mean", codec, algorithm, special=True))
 
 
@@ -268,7 +268,7 @@ def test_a_flipped_bit_is_noticed(local: Comms, everywhere: bool) -> None:
 
 def random_case(rng: np.random.Generator, seed: int) -> Case:
     codec = str(rng.choice(["none", "fp16"]))
-    dtype = "float32" if codec == "fp16" else str(rng.choice(cases.DTYPES))
+    dtype = str(rng.choice(cases.DTYPES if codec == "none" else cases.ENCODED))
     counts = [int(2 ** rng.uniform(0, 15)) - 1 for _ in range(rng.integers(1, 7))]
     op, algorithm = rng.choice(cases.operations(dtype, codec)), rng.choice(ALGORITHMS)
     special = dtype in cases.FLOATS and bool(rng.integers(2))

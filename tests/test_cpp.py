@@ -22,9 +22,16 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_core": [],
         "test_shm": [],
         "test_os": [],
+        "test_stores": [],
     },
     "tsan": {"test_core": ["3", "2"], "test_shm": [], "test_os": []},
-    "asan": {"test_portable_portable": ["251"], "test_core": ["0", "2"], "test_shm": [], "test_os": []},
+    "asan": {
+        "test_portable_portable": ["251"],
+        "test_core": ["0", "2"],
+        "test_shm": [],
+        "test_os": [],
+        "test_stores": [],
+    },
 }
 
 

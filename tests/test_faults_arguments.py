@@ -41,6 +41,10 @@ def halves_of_one() -> list[torch.Tensor]:
     return [torch.zeros(3), x[:60], torch.zeros(5), x[40:]]
 
 
+def two_of_one(make: Callable[[np.ndarray[Any, Any]], list[Any]]) -> list[Any]:
+    return make(np.zeros(10, np.float32))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     "1-str": (lambda: "gradients", "sum", "ArgumentError", "expected a tensor or a list of tensors, got str"),
     "1-int": (lambda: 3, "sum", "ArgumentError", "expected a tensor or a list of tensors, got int"),
@@ -61,6 +65,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     "3-coo": (lambda: torch.eye(3).to_sparse(), "sum", "UnsupportedError", "layout; call .to_dense()"),
     "3-csr": (lambda: torch.eye(3).to_sparse_csr(), "sum", "UnsupportedError", "layout; call .to_dense()"),
     "6-read-only": (lambda: read_only(np.ones(3, np.float32)), "sum", "ArgumentError", "read-only"),
+    "6-read-only-view": (lambda: np.frombuffer(bytes(8), np.float32), "sum", "ArgumentError", "read-only"),
+    "6-read-only-big-endian": (lambda: read_only(np.ones(3, ">f4")), "sum", "ArgumentError", "read-only"),
+    "6-read-only-in-a-list": (
+        lambda: [np.ones(3), read_only(np.ones(3)[::-1])],
+        "sum",
+        "ArgumentError",
+        "read-only and allreduce works in place. Pass a copy. (item 1 of the list)",
+    ),
     "7-expanded": (
         lambda: torch.zeros(1, 5).expand(4, 5),
         "sum",
@@ -69,7 +81,33 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     ),
     "7-self-overlapping": (lambda: strided(2, 1), "sum", "ArgumentError", "overlapping elements (stride 2 in dim 0)"),
     "8-two-tensors-overlap": (halves_of_one, "sum", "ArgumentError", "tensors 1 and 3 overlap by 80 bytes"),
+    "7-in-a-list": (lambda: [torch.ones(2), torch.ones(1).expand(3)], "sum", "ArgumentError", "(item 1 of the list)"),
+    "8-twice": (lambda: [torch.ones(2)] * 2, "sum", "ArgumentError", "tensors 0 and 1 overlap by 8 bytes"),
+    "8-in-another-dtype": (
+        lambda: two_of_one(lambda x: [x[:6], np.ones(2, np.int32), x.view(np.int32)[5:]]),
+        "sum",
+        "ArgumentError",
+        "tensors 0 and 2 overlap by 4 bytes",
+    ),
+    "8-array-and-tensor": (
+        lambda: two_of_one(lambda x: [torch.from_numpy(x), x[3:7]]),
+        "sum",
+        "ArgumentError",
+        "tensors 0 and 1 overlap by 16 bytes",
+    ),
+    "8-backwards": (
+        lambda: two_of_one(lambda x: [x[::-2], x[:4]]),
+        "sum",
+        "ArgumentError",
+        "tensors 0 and 1 overlap by 8 bytes",
+    ),
     "12-too-many-bytes": (lambda: torch.zeros(1).expand(2**61), "sum", "ArgumentError", f"{2**61} elements of float32"),
+    "12-in-a-list": (
+        lambda: [torch.zeros(1), torch.zeros(1, dtype=torch.float64).expand(2**60)],
+        "sum",
+        "ArgumentError",
+        f"{2**60} elements of float64 are more bytes than can be addressed (item 1 of the list)",
+    ),
     "14-requires-grad": (
         lambda: torch.zeros(3, requires_grad=True),
         "sum",
@@ -91,6 +129,22 @@ def test_refused_locally(pair: list[dpcomm.Communicator], fault: str, asynchrono
     check_usable(pair)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float64", "complex64", "complex128"])
+def test_05_a_codec_refuses_a_list_for_one_dtype(
+    pair: list[dpcomm.Communicator], dtype: str, asynchronous: bool
+) -> None:
+    """Before anything is sent, also what it does serve."""
+    xs = [torch.ones(300), torch.ones(3).to(getattr(torch, dtype)), torch.ones(300)]
+    before = pair[0].describe()["sequence"]
+    for asked in (xs, xs[1]):
+        caught = catch(pair[0].allreduce, asked, codec="fp16", async_op=asynchronous)
+        check(caught, "UnsupportedError", f"{dtype} with codec=fp16; use codec='none'", within_s=1.0)
+    assert pair[0].describe()["sequence"] == before, "something was sent"
+    assert [set(x.tolist()) for x in xs] == [{1.0}] * 3
+    check_usable(pair)
+
+
 def test_06_views_that_are_not_plain_memory_are_reduced(pair: list[dpcomm.Communicator]) -> None:
     """In the order of their indices, and nothing beside them is written."""
     kinds: dict[str, Callable[[], Any]] = {
@@ -107,6 +161,31 @@ def test_06_views_that_are_not_plain_memory_are_reduced(pair: list[dpcomm.Commun
         wanted = np.asarray(make() + make())
         for x in xs:
             assert np.array_equal(np.asarray(x.resolve_conj().resolve_neg() if torch.is_tensor(x) else x), wanted), kind
+
+
+@pytest.mark.parametrize("empty", [[], (), [torch.empty(0)], [np.empty((0, 3), np.float32)] * 2], ids=repr)
+def test_09_empty_lists_and_lists_of_nothing_are_calls(pair: list[dpcomm.Communicator], empty: Any) -> None:
+    before = pair[0].describe()["sequence"]
+    for codec in ("none", "fp16"):
+        dpcomm.allreduce_local(pair, [empty, empty], "mean", codec=codec)
+    works = [comm.allreduce(empty, async_op=True) for comm in pair]
+    assert all(work.wait(5.0) for work in works)
+    assert [comm.describe()["sequence"] for comm in pair] == [before + 3] * 2
+    check_usable(pair)
+
+
+@pytest.mark.parametrize(
+    ("full", "text"),
+    [
+        ([torch.ones(3)], "numel: rank 0 has 0, rank 1 has 3"),
+        ([torch.empty(0)] * 3, "number of tensors: rank 0 has 0, rank 1 has 3"),
+    ],
+)
+def test_09_an_empty_list_meets_another(full: list[torch.Tensor], text: str) -> None:
+    comms = cases.local(2)
+    works = [comm.allreduce(xs, async_op=True) for comm, xs in zip(comms, ([], full), strict=True)]
+    for work in works:
+        check(catch(work.wait, 5.0), "MismatchError", text, within_s=1.0)
 
 
 def test_12_a_huge_view_of_nothing_is_an_empty_call(pair: list[dpcomm.Communicator]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from wire import GIVEN, MAILBOX, PAGE, RESULT, SLOTS, Memory, golden, number, table
+from wire import DRAINED, GIVEN, MAILBOX, PAGE, RESULT, RING, SLOTS, Memory, golden, number, table
 
 import dpcomm
 from dpcomm import _native, records
@@ -92,7 +92,7 @@ def test_oneshot_leaves_golden_contributions_in_the_slots(memory: Memory, codec:
     for rank, message in enumerate(data["contributions"]):
         index = before[rank][RESULT]
         assert memory.message(RESULT, rank, 0, index, len(message)) == message
-        assert memory.sent(rank) == [before[rank][GIVEN], index + 1]
+        assert memory.sent(rank)[:2] == [before[rank][GIVEN], index + 1]
         assert {memory.flag(r, RESULT, rank) for r in range(len(xs)) if r != rank} == {index + 1}
     assert all(x.numpy().tobytes() == data["decoded"] for x in xs)
 
@@ -111,8 +111,24 @@ def test_direct_leaves_golden_contributions_and_results_in_the_slots(memory: Mem
     for owner in (0, 1):
         index = before[owner][RESULT]
         assert memory.message(RESULT, owner, 0, index, size) == of_group(data["result"], codec, owner)
-        assert memory.sent(owner) == [before[owner][GIVEN] + 1, index + 1]
+        assert memory.sent(owner)[:2] == [before[owner][GIVEN] + 1, index + 1]
     assert all(x.numpy().tobytes() == data["decoded"] for x in xs)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_ring_sends_golden_contributions_to_the_next_rank(memory: Memory, codec: str) -> None:
+    """Chunk c is group c and starts at rank c; what comes after it on the ring is a sum."""
+    data, xs = golden(codec), inputs(codec, len(memory.comms))
+    nranks, before = len(xs), [memory.sent(rank) for rank in range(len(xs))]
+    dpcomm.allreduce_local(memory.comms, xs, codec=codec, algorithm="ring")
+    size, messages = GROUP_CODES[codec] + (codec == "fp16"), 2 * nranks - 2
+    for owner in (0, 1):
+        following, index = (owner + 1) % nranks, before[owner][RING]
+        expected = of_group(data["contributions"][owner], codec, owner)
+        assert memory.message(RING, owner, following, index, size) == expected
+        assert memory.flag(following, RING, owner) == index + messages
+        assert memory.flag(owner, DRAINED, following) == index + messages
+        assert memory.sent(owner) == [*before[owner][:2], index + messages, index + messages]
 
 
 def test_the_example_on_the_page_is_the_beginning_of_the_golden_message() -> None:
@@ -199,7 +215,7 @@ def test_a_timeout_names_whom_it_waited_for() -> None:
 
 
 def arena_bytes(nranks: int, slots: int, slot_bytes: int) -> int:
-    return -(-(SLOTS + (nranks + 1) * slots * slot_bytes) // 4096) * 4096
+    return -(-(SLOTS + (nranks + 2) * slots * slot_bytes) // 4096) * 4096
 
 
 def test_arenas_have_the_size_of_the_page(memory: Memory) -> None:
@@ -235,7 +251,7 @@ def sealed_memfd(size: int) -> int:
 @pytest.mark.parametrize("spoiled", ["", "secret", "magic", "version", "rank", "nranks", "memory_bytes"])
 def test_a_rank_written_from_the_page_is_accepted(spoiled: str) -> None:
     """This test plays rank 1 of 2; with one field changed it is refused."""
-    builder = _native.ShmBuilder(0, 2, 64 << 20, "")
+    builder = _native.ShmBuilder(0, 2, _native.ShmWish(64 << 20), "")
     size, secret = arena_bytes(2, 16, 33792), bytes(range(32))
     assert builder.probe([builder.endpoint(), bytes(32)]) == [True, True]
     said = bytearray(handshake(secret, 1, 2, size))
@@ -272,7 +288,7 @@ def test_a_rank_written_from_the_page_is_accepted(spoiled: str) -> None:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 HELLO = records.Hello(
-    3, 5, 4711, 1000, 111, 222, 333, "boot", "host", "group", "fp16", "shm", "direct", 25.0, 64 << 20
+    3, 5, 4711, 1000, 111, 222, 333, "boot", "host", "group", "fp16", "shm", "direct", 25.0, 64 << 20, 4, 2, 77
 )  # fmt: skip
 OUTCOME = records.Outcome(2, 3, "RESOURCE", 28, -1, "no space", b"\x05\x00payload")
 
@@ -286,7 +302,7 @@ def field(data: bytes, place: slice, like: object) -> object:
     return number(raw, signed=True) if isinstance(like, int) else raw
 
 
-@pytest.mark.parametrize(("name", "record", "size"), [("hello", HELLO, 388), ("outcome", OUTCOME, 1168)])
+@pytest.mark.parametrize(("name", "record", "size"), [("hello", HELLO, 400), ("outcome", OUTCOME, 1168)])
 def test_records_have_the_layout_of_the_page(name: str, record: records.Hello | records.Outcome, size: int) -> None:
     data = records.encode(record)
     assert len(data) == size

@@ -107,7 +107,8 @@ def expected(
         sizes = np.cumsum([x.size for x in flat[0]])[:-1]
         joined = [[np.concatenate(parts)] for parts in flat]
         pairs = any(x is not None and x.is_complex() for x in like.values())
-        served = joined[0][0].dtype == np.float32 and not pairs and not set(names) & set(plain)
+        encodable = joined[0][0].dtype.name in ("float32", "float16", "uint16") and not pairs
+        served = encodable and not set(names) & set(plain)
         (mean,) = reference.allreduce(joined, "mean", codec=codec if served else "none")
         means.update(zip(like, np.split(mean, sizes), strict=True))
     return means

@@ -17,9 +17,10 @@ import dpcomm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "wire.md"
-CONTROL, MAILBOX, SLOTS = 0, 8192, 45056  # offsets in an arena
+CONTROL, MAILBOX, SLOTS = 0, 8192, 61440  # offsets in an arena
 MOST_RANKS = 64
-GIVEN, RESULT = 0, 1  # streams
+GIVEN, RESULT, RING, DRAINED = 0, 1, 2, 3  # streams
+STREAMS = ("given", "result", "ring", "drained")
 
 Layout = dict[str, slice]
 
@@ -109,21 +110,21 @@ class Memory:
 
     def header(self, rank: int, sequence: int) -> dict[str, int]:
         """A rank's header of a call, field by field."""
-        page = self.mailbox(rank, "odd" if sequence % 2 else "even")
+        page = self.mailbox(rank, "even" if sequence % 2 else "odd")  # the first call, 1, has none before it
         data = page[64 * rank : 64 * rank + 64]
         return {field: number(data[place], field == "bucket") for field, place in table("header").items()}
 
     def flag(self, reader: int, stream: int, writer: int) -> int:
-        flags = self.mailbox(reader, ("given", "result")[stream])
+        flags = self.mailbox(reader, STREAMS[stream])
         return number(flags[128 * writer : 128 * writer + 128][table("flag")["value"]])
 
     def sent(self, rank: int) -> list[int]:
-        return [number(self.mailbox(rank, field)) for field in ("sent_given", "sent_result")]
+        return [number(self.mailbox(rank, f"sent_{name}")) for name in STREAMS]
 
     def message(self, stream: int, writer: int, reader: int, index: int, size: int) -> bytes:
         """The first bytes of the slot that message `index` of a stream lies in."""
         facts, nranks = self.comms[0].describe(), len(self.comms)
-        home, lane = (writer, nranks) if stream == RESULT else (reader, writer)
+        home, lane = {GIVEN: (reader, writer), RESULT: (writer, nranks), RING: (reader, nranks + 1)}[stream]
         place = SLOTS + (lane * facts["slots"] + index % facts["slots"]) * facts["slot_bytes"]
         return self.read(home, place, size)
 

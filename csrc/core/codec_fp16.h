@@ -9,8 +9,10 @@
 namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
+// Element_: what the tensor holds. Values widen to float before they are encoded and are rounded to it after decoding.
+template <class Element_ = Float32>
 struct Fp16 {
-  using Element = Float32;
+  using Element = Element_;
   using Code = uint16_t;
   using Acc = float;
   static constexpr bool scaled = true;

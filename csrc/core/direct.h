@@ -76,9 +76,11 @@ struct Direct {
     const auto shared = message(kResult, t.rank, (t.rank + 1) % t.nranks, number, range);  // any reader's
     const auto nranks = Codec::Element::divisor(t.nranks);
     // A scale is the end of a long chain of dependent operations. Lanes that put off settle a group only after the sum
-    // of the next one, so that two chains overlap; the sum waits in user memory.
-    constexpr bool puts_off = Codec::scaled && Lanes::puts_off;
-    Memory<typename Codec::Element> before{};
+    // of the next one, so that two chains overlap; the sum waits in user memory, if that holds it without rounding.
+    using Element = typename Codec::Element;
+    constexpr bool puts_off =
+        Codec::scaled && Lanes::puts_off && std::is_same_v<typename Element::Stored, typename Element::Acc>;
+    Memory<Element> before{};
     typename Codec::Scale scale_before{};
     int64_t at_before = -1;
     const auto settle_before = [&] {
@@ -121,7 +123,7 @@ struct Direct {
 template <class Codec, class Lanes>
 DPCOMM_HD bool direct(Lanes& lanes, const Team& t, const Bucket& bucket, const Header& header) {
   const Mailbox& mine = *t.box[t.rank];
-  const Chunks chunks = Chunks::cut(bucket.groups, t.nranks, most_groups<Codec>(t.slot_bytes, t.slice_bytes));
+  const Chunks chunks = cut<Codec>(t, bucket, t.nranks);
   Direct<Codec, Lanes> d{lanes, t, bucket, Op(header.op), chunks, mine.sent[kGiven], mine.sent[kResult]};
   announce(lanes, t, header);
   for (int64_t c = 0; c < chunks.slices + 2; ++c) {
@@ -133,7 +135,7 @@ DPCOMM_HD bool direct(Lanes& lanes, const Team& t, const Bucket& bucket, const H
     }
     if (c >= 2 && !d.take(c - 2)) return false;
   }
-  return conclude(lanes, t, uint32_t(chunks.slices), uint32_t(chunks.slices));
+  return conclude(lanes, t, {uint32_t(chunks.slices), uint32_t(chunks.slices), 0});
 }
 
 }  // namespace DPCOMM_ISA

@@ -13,7 +13,7 @@ inline namespace DPCOMM_ISA {
 template <class Codec, class Lanes>
 DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const Header& header) {
   const Op op = Op(header.op);
-  const Chunks chunks = Chunks::cut(bucket.groups, 1, most_groups<Codec>(t.slot_bytes, t.slice_bytes));
+  const Chunks chunks = cut<Codec>(t, bucket, 1);
   const uint32_t base = t.box[t.rank]->sent[kResult];
   announce(lanes, t, header);
   for (int64_t c = 0; c < chunks.slices; ++c) {
@@ -38,7 +38,7 @@ DPCOMM_HD bool oneshot(Lanes& lanes, const Team& t, const Bucket& bucket, const 
       for (int i = 0; i < Lanes::template vectors<Codec>; ++i) memory.set(i, rounded(i));
     });
   }
-  return conclude(lanes, t, 0, uint32_t(chunks.slices));
+  return conclude(lanes, t, {0, uint32_t(chunks.slices), 0});
 }
 
 }  // namespace DPCOMM_ISA

@@ -13,7 +13,6 @@
 //   phase(p), nonfinite_group()   statistics
 #pragma once
 #include "chunks.h"
-#include "mailbox.h"
 
 namespace dpcomm {
 
@@ -40,13 +39,16 @@ struct Message {
 // written once and lie with their writer. A rank has slots for itself, too.
 DPCOMM_HD char* slot(const Team& t, Stream stream, int writer, int reader, uint32_t number) {
   const int home = t.shared && stream == kResult ? writer : reader;
-  const int64_t lane = stream == kGiven ? writer : t.nranks + (t.shared ? 0 : writer);
+  const int64_t results = t.shared ? 1 : t.nranks;
+  const int64_t lane = stream == kGiven    ? writer
+                       : stream == kResult ? t.nranks + (t.shared ? 0 : writer)
+                                           : t.nranks + results;
   char* slots = reinterpret_cast<char*>(t.box[home]) + sizeof(Mailbox);
   return slots + (lane * t.slots + int64_t(number & uint32_t(t.slots - 1))) * t.slot_bytes;
 }
 // Bytes of a mailbox and its slots.
 DPCOMM_HD int64_t arena_bytes(int nranks, int slots, int64_t slot_bytes, bool shared) {
-  return static_cast<int64_t>(sizeof(Mailbox)) + (nranks + (shared ? 1 : nranks)) * int64_t{slots} * slot_bytes;
+  return static_cast<int64_t>(sizeof(Mailbox)) + (nranks + (shared ? 1 : nranks) + 1) * int64_t{slots} * slot_bytes;
 }
 
 // Every lane returns once every peer's flag has reached `value`: what they wrote before is visible to all lanes then.
@@ -65,10 +67,21 @@ DPCOMM_HD void post_peers(Lanes& lanes, const Team& t, Stream stream, uint32_t v
     if (r != t.rank) lanes.post(&t.box[r]->arrived[stream][t.rank], value);
 }
 
+// The same between me and one peer.
+template <class Lanes>
+DPCOMM_HD bool wait_peer(Lanes& lanes, const Team& t, Stream stream, int peer, uint32_t value) {
+  return lanes.sync(lanes.index() != 0 || lanes.wait(&t.box[t.rank]->arrived[stream][peer], value, peer));
+}
+template <class Lanes>
+DPCOMM_HD void post_peer(Lanes& lanes, const Team& t, Stream stream, int peer, uint32_t value) {
+  lanes.sync(true);
+  if (lanes.index() == 0) lanes.post(&t.box[peer]->arrived[stream][t.rank], value);
+}
+
 // Begins a call: shows my header to every peer.
 template <class Lanes>
 DPCOMM_HD void announce(Lanes& lanes, const Team& t, const Header& mine) {
-  const int page = int(mine.sequence % 2);
+  const int page = int(t.box[t.rank]->sent[kHeader] % 2);
   for (int r = lanes.index(); r < t.nranks; r += lanes.count())
     if (t.shared ? r == t.rank : r != t.rank) t.box[r]->header[page][t.rank] = mine;
   post_peers(lanes, t, kHeader, t.box[t.rank]->sent[kHeader] + 1);  // (0)
@@ -79,7 +92,7 @@ template <class Lanes>
 DPCOMM_HD bool agree(Lanes& lanes, const Team& t, const Header& mine) {
   if (!wait_peers(lanes, t, kHeader, t.box[t.rank]->sent[kHeader] + 1)) return false;  // pairs with (0)
   bool ok = true;
-  const int page = int(mine.sequence % 2);
+  const int page = int(t.box[t.rank]->sent[kHeader] % 2);
   for (int r = lanes.index(); r < t.nranks; r += lanes.count()) {
     if (r == t.rank) continue;
     const Header& theirs = t.box[t.shared ? r : t.rank]->header[page][r];
@@ -91,14 +104,21 @@ DPCOMM_HD bool agree(Lanes& lanes, const Team& t, const Header& mine) {
   }
   return lanes.sync(ok);
 }
+// Messages of one call.
+struct Sent {
+  uint32_t given = 0, results = 0, ring = 0;
+};
+
 // Ends a call that succeeded: counts its messages, once every lane has read the counters.
 template <class Lanes>
-DPCOMM_HD bool conclude(Lanes& lanes, const Team& t, uint32_t given, uint32_t results) {
+DPCOMM_HD bool conclude(Lanes& lanes, const Team& t, const Sent& call) {
   lanes.sync(true);
   if (lanes.index() == 0) {
     uint32_t* const sent = t.box[t.rank]->sent;
-    sent[kGiven] += given;
-    sent[kResult] += results;
+    sent[kGiven] += call.given;
+    sent[kResult] += call.results;
+    sent[kRing] += call.ring;
+    sent[kDrained] += call.ring;
     sent[kHeader] += 1;
   }
   return lanes.sync(true);

@@ -6,12 +6,12 @@ namespace dpcomm {
 
 constexpr int kGroup = 256;      // elements that share a scale; chunks are cut between groups
 constexpr int kMaxRanks = 64;    // of one communicator whose ranks share memory
-constexpr uint32_t kLayout = 1;  // version of everything below csrc/core that two ranks must agree on
+constexpr uint32_t kLayout = 2;  // version of everything below csrc/core that two ranks must agree on
 
 enum class Op : uint8_t { sum, mean, min, max };
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16, int32, int64 };
 enum class CodecKind : uint8_t { none, fp16 };
-enum class Algorithm : uint8_t { automatic, direct, oneshot };
+enum class Algorithm : uint8_t { automatic, direct, oneshot, ring };
 
 constexpr int64_t element_bytes(Dtype dtype) {
   switch (dtype) {
@@ -33,7 +33,8 @@ constexpr int64_t group_bytes(Dtype dtype, CodecKind codec) {
   return codec == CodecKind::fp16 ? kGroup * 2 + 1 : kGroup * element_bytes(dtype);
 }
 
-// What "auto" stands for: a fixed table of data that are equal on all ranks. Both classes give the same bits.
+// What "auto" stands for: a fixed table of data that are equal on all ranks. Its two entries give the same bits; ring
+// has bits of its own and is taken on request only.
 // oneshot reads (N-1) whole buckets and needs one hand-over instead of two: it pays while latency is everything.
 constexpr Algorithm choose_algorithm(int64_t groups, Dtype dtype, CodecKind codec, int nranks) {
   return groups * group_bytes(dtype, codec) * nranks <= 64 * 1024 ? Algorithm::oneshot : Algorithm::direct;

@@ -17,13 +17,6 @@ bool run(const KernelCall&);
 }
 #endif
 
-void Tally::enter(Phase next) {
-  const int64_t now = now_ns();
-  ns[int(current)] += now - since;
-  since = now;
-  current = next;
-}
-
 const Isa* isas(int* count) {
   static const Isa all[] = {
 #if defined(__x86_64__)

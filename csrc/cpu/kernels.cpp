@@ -8,26 +8,54 @@ namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
 // flatten: every lambda of the core must be inlined; called, it spills its captures for each group.
-template <class Codec, Store how>
+template <class Codec>
 __attribute__((flatten)) static bool run_direct(const KernelCall& call) {
-  HostLanes<how> lanes{call};
+  HostLanes lanes{call};
   return direct<Codec>(lanes, call.team, call.bucket, call.header);
 }
-template <class Codec, Store how>
+template <class Codec>
 __attribute__((flatten)) static bool run_oneshot(const KernelCall& call) {
-  HostLanes<how> lanes{call};
+  HostLanes lanes{call};
   return oneshot<Codec>(lanes, call.team, call.bucket, call.header);
 }
 template <class Codec>
+__attribute__((flatten)) static bool run_ring(const KernelCall& call) {
+  HostLanes lanes{call};
+  return ring<Codec>(lanes, call.team, call.bucket, call.header);
+}
+// core/all_reduce.h in three functions: in one, the compiler runs out of registers.
+template <class Codec>
 static bool run_codec(const KernelCall& call) {
-  const bool streaming = call.store == Store::streaming;
-  if (Algorithm(call.header.algorithm) == Algorithm::oneshot)
-    return streaming ? run_oneshot<Codec, Store::streaming>(call) : run_oneshot<Codec, Store::plain>(call);
-  return streaming ? run_direct<Codec, Store::streaming>(call) : run_direct<Codec, Store::plain>(call);
+  switch (Algorithm(call.header.algorithm)) {
+    case Algorithm::direct:
+      return run_direct<Codec>(call);
+    case Algorithm::oneshot:
+      return run_oneshot<Codec>(call);
+    case Algorithm::ring:
+      return run_ring<Codec>(call);
+    case Algorithm::automatic:
+      break;  // the engine has chosen
+  }
+  return false;
 }
 
-bool run(const KernelCall& call) {
-  if (CodecKind(call.header.codec) == CodecKind::fp16) return run_codec<Fp16>(call);
+static bool run_fp16(const KernelCall& call) {
+  switch (Dtype(call.header.dtype)) {
+    case Dtype::float32:
+      return run_codec<Fp16<Float32>>(call);
+    case Dtype::float16:
+      return run_codec<Fp16<Float16>>(call);
+    case Dtype::bfloat16:
+      return run_codec<Fp16<Bfloat16>>(call);
+    case Dtype::float64:
+    case Dtype::int32:
+    case Dtype::int64:
+      break;  // refused by the engine
+  }
+  return false;
+}
+
+static bool run_none(const KernelCall& call) {
   switch (Dtype(call.header.dtype)) {
     case Dtype::float32:
       return run_codec<None<Float32>>(call);
@@ -43,6 +71,10 @@ bool run(const KernelCall& call) {
       return run_codec<None<Int64>>(call);
   }
   return false;
+}
+
+bool run(const KernelCall& call) {
+  return CodecKind(call.header.codec) == CodecKind::fp16 ? run_fp16(call) : run_none(call);
 }
 
 }  // namespace DPCOMM_ISA

@@ -1,26 +1,25 @@
 // A rank played by one thread: its single lane holds whole groups where they matter, and its registers are the
 // processor's vectors.
 #pragma once
-#include "../core/direct.h"
-#include "../core/oneshot.h"
+#include "../core/all_reduce.h"
 #include "kernels.h"
 
 namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
-template <Store how>
 struct HostLanes {
   static constexpr bool puts_off = true;
   template <class Codec>
   static constexpr int vectors = Codec::scaled ? kGroup / kVec : 8;
   const KernelCall& call;
+  bool streaming = false;  // stores into slots pass the caches by; asked for anew with each slice
 
   int index() const { return 0; }
   int count() const { return 1; }
   bool sync(bool ok) const { return ok; }
   Uniform<int32_t> group_max(Uniform<int32_t> m) const { return m; }
 
-  bool wait(Flag* flag, uint32_t value, int peer) const {
+  bool wait(Flag* flag, uint32_t value, int peer) {
     if (load_acquire(call.waiting.failure) != 0) return false;  // once a slice: somebody gave up
     if (reached(load_acquire(&flag->value), value)) return true;
     phase(Phase::wait);
@@ -36,7 +35,7 @@ struct HostLanes {
   }
   void post(Flag* flag, uint32_t value) const {
 #if defined(__SSE2__)
-    if constexpr (how == Store::streaming) _mm_sfence();  // streaming stores are not ordered by the flag's
+    if (streaming) _mm_sfence();  // streaming stores are not ordered by the flag's
 #endif
     post_and_wake(flag, value);
   }
@@ -44,7 +43,7 @@ struct HostLanes {
   template <class T>
   DPCOMM_HD void push(T* to, const Vec<T>& v) const {
 #if defined(__SSE2__)
-    if constexpr (how == Store::streaming) return stream(to, v);
+    if (streaming) return stream(to, v);
 #endif
     store(to, v);
   }
@@ -57,7 +56,10 @@ struct HostLanes {
     for (int i = 0; i < int(kGroup * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
   }
 
-  void phase(Phase p) const { call.tally.enter(p); }
+  void phase(Phase p) {
+    call.tally.enter(p);
+    if (p == Phase::put) streaming = call.stores.next(call.tally) == Store::streaming;
+  }
   void nonfinite_group() const { ++call.tally.nonfinite_groups; }
 
  private:

@@ -8,10 +8,10 @@
 
 namespace dpcomm {
 
-ShmBuilder::ShmBuilder(int rank, int nranks, int64_t arena_bytes, const std::string& simd)
+ShmBuilder::ShmBuilder(int rank, int nranks, const Wish& wish, const std::string& simd)
     : rank_(rank),
       isa_(isa(simd.c_str())),
-      geometry_(geometry(nranks, arena_bytes)),
+      geometry_(geometry(nranks, wish)),
       arena_(Arena::create(size_t(geometry_.arena_bytes))),
       rendezvous_(rank, nranks) {}
 
@@ -39,9 +39,9 @@ std::unique_ptr<ShmEngine> ShmBuilder::finish(double timeout_s, const std::strin
   return engine;
 }
 
-std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, int64_t arena_bytes, double timeout_s,
+std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, const Wish& wish, double timeout_s,
                                                       const std::string& simd, const std::string& name) {
-  const Geometry g = geometry(nranks, arena_bytes);
+  const Geometry g = geometry(nranks, wish);
   // One piece of memory, so that every engine maps every rank at the same address; the last engine unmaps it.
   auto memory = std::make_shared<std::vector<Arena>>();
   for (int r = 0; r < nranks; ++r) memory->push_back(Arena::anonymous(size_t(g.arena_bytes)));

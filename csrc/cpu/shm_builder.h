@@ -11,7 +11,7 @@ namespace dpcomm {
 class ShmBuilder {
  public:
   // Stage allocate: memory and a listening socket. simd: "" for the best usable instruction set.
-  ShmBuilder(int rank, int nranks, int64_t arena_bytes, const std::string& simd);
+  ShmBuilder(int rank, int nranks, const Wish& wish, const std::string& simd);
 
   const Endpoint& endpoint() const { return rendezvous_.endpoint(); }
   std::vector<bool> probe(const std::vector<Endpoint>& endpoints) { return rendezvous_.probe(endpoints); }
@@ -33,7 +33,7 @@ class ShmBuilder {
 };
 
 // Ranks that are threads of this process: memory without a name, no sockets.
-std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, int64_t arena_bytes, double timeout_s,
+std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, const Wish& wish, double timeout_s,
                                                       const std::string& simd, const std::string& name);
 
 }  // namespace dpcomm

@@ -6,21 +6,36 @@
 
 #include "../engine.h"
 #include "arena.h"
+#include "channels.h"
 #include "control.h"
 #include "kernels.h"
 
 namespace dpcomm {
 
-// What every rank of a communicator must agree on.
-struct Geometry {
-  int nranks, slots;
-  int64_t slot_bytes, slice_bytes;
-  int64_t arena_bytes;  // of one rank, all included
-};
-// The largest slots of at most 64 KiB that fit; throws Error(argument) if arena_bytes cannot hold the smallest.
-Geometry geometry(int nranks, int64_t arena_bytes);
+constexpr int kMostChannels = 8;
 
-class ShmEngine final : public Engine, private Patience {
+// What ranks ask for; equal on all of them.
+struct Wish {
+  int64_t arena_bytes;          // of one rank, at most
+  int channels = 1;             // at most
+  bool fewer_channels = false;  // if a measurement at start says that they are faster
+  bool crowded = false;         // more ranks than processors: a rank that spins keeps its peer from running
+  int slots = 0;                // a power of two, at least 4; 0: what performs best
+  int64_t slice_bytes = 0;      // 0: what performs best
+};
+
+// What follows from it, on every rank alike.
+struct Geometry {
+  int nranks, channels, slots;
+  int64_t slot_bytes, slice_bytes;
+  int64_t channel_bytes;  // mailbox and slots of one channel of one rank
+  int64_t arena_bytes;    // of one rank, all included
+  bool fewer_channels, crowded;
+};
+// The largest slots that perform well and fit; throws Error(argument) if arena_bytes cannot hold the smallest.
+Geometry geometry(int nranks, const Wish& wish);
+
+class ShmEngine final : public Engine {
  public:
   struct Peer {
     Arena arena;      // its memory as mapped here (my own at [rank])
@@ -32,8 +47,8 @@ class ShmEngine final : public Engine, private Patience {
   ShmEngine(int rank, const Geometry& geometry, std::shared_ptr<std::vector<Arena>> arenas, const Isa& isa);
   ~ShmEngine() override;
 
-  // First calls, on all ranks at once: moves and checks a pattern, then measures both store policies. Throws like
-  // allreduce. Afterwards messages carry `name`, and the calls so far are not counted.
+  // First calls, on all ranks at once: moves and checks a pattern, then measures both kinds of stores and the number of
+  // channels. Throws like allreduce. Afterwards messages carry `name`, and the calls so far are not counted.
   void verify(double timeout_s, const std::string& name);
 
   int rank() const override { return team_.rank; }
@@ -47,16 +62,41 @@ class ShmEngine final : public Engine, private Patience {
   Description describe() override;
 
  private:
+  // How one channel waits. The first one's thread is the caller's: it also asks whether the call was interrupted.
+  struct ChannelPatience final : Patience {
+    ShmEngine* engine = nullptr;
+    const Mailbox* mailbox = nullptr;  // mine, of this channel
+    bool callers = false;
+    bool give_up(int peer) override;
+    void timed_out(const Flag* flag, uint32_t value, int peer) override;
+  };
+  struct Channel {
+    std::vector<Mailbox*> box;  // of every rank
+    ChannelPatience patience;
+    int spins = 0;  // see Waiting
+    Tally tally;    // of the current call
+    bool ok = false;
+  };
+
+  // shm_call.cpp: one call.
   Header begin(const Call& call, Bucket& bucket);
-  void count(const Call& call, const Header& header, const Bucket& bucket, const Tally& tally);
+  int64_t slices(const Header& header, const Bucket& bucket) const;
+  int channels_for(int64_t slices) const;
+  void play(Channel& channel, const Team& team, const Bucket& bucket, const Header& header, StoreTurns& stores);
+  void count(const Call& call, const Header& header, const Bucket& bucket, int channels);
+  int64_t wire_groups(const Header& header, const Bucket& bucket) const;
+  bool asked_to_stop(const Call* call);
+
   void fail(Failure failure);
-  bool give_up(int peer) override;
-  void timed_out(const Flag* flag, uint32_t value, int peer) override;
-  void join(int rank, const Geometry& geometry);
+  void join(int rank, const Geometry& geometry, const std::vector<char*>& arenas);
   void watch_peers();
-  void touch_all_slots(const Call& call);
-  double fastest_call(Call& call, Store store);
+  Mailbox& mine() const { return *channels_[0].box[size_t(team_.rank)]; }
+
+  // shm_verify.cpp: the first calls.
   void check_pattern();
+  void touch_all_slots(const Call& call);
+  double fastest_call(const Call& call);
+  void choose_channels();
 
   // shm_errors.cpp: the failure word in words.
   Error cause_error(const Call* call);
@@ -70,13 +110,17 @@ class ShmEngine final : public Engine, private Patience {
   const int made_in_pid_;
   std::vector<Peer> peers_;                     // by rank; without arenas where ranks are threads
   std::shared_ptr<std::vector<Arena>> arenas_;  // of ranks that are threads
-  std::vector<Mailbox*> box_;
+  std::vector<Channel> channels_;               // fixed once joined: patience and calls point into it
+  Channels threads_;
   std::vector<uint64_t> watches_;
   ControlPage* control_ = nullptr;  // of rank 0
-  Team team_{};
+  Team team_{};                     // without a channel
   const Isa& isa_;
-  Store store_ = Store::plain;
-  int spins_, most_spins_;  // see Waiting
+  StorePolicy stores_;
+  bool trials_ = false;  // the policy is measured again while running
+  int used_channels_ = 1;
+  bool fewer_channels_ = false;  // still to be measured
+  int most_spins_ = 0;           // see Waiting
   int64_t timeout_ns_ = 0;
   const int rejected_connections_;
   const int64_t arena_bytes_;

@@ -95,7 +95,7 @@ std::string field_value(Field field, const Header& h) {
 std::string ShmEngine::prefix(Code code, const Call* call) const {
   std::string text = std::string("[dpcomm:") + name_of(code) + "] rank " + std::to_string(team_.rank) + "/" +
                      std::to_string(team_.nranks) + " comm=" + name_ +
-                     " seq=" + std::to_string(shown(__atomic_load_n(&box_[team_.rank]->sequence, __ATOMIC_RELAXED)));
+                     " seq=" + std::to_string(shown(__atomic_load_n(&mine().sequence, __ATOMIC_RELAXED)));
   if (call) text += " " + call->text();
   return text + ": ";
 }
@@ -104,7 +104,7 @@ std::string ShmEngine::prefix(Code code, const Call* call) const {
 // rank that was late for a time-out, and every call after the first, is told that the communicator has been aborted.
 Error ShmEngine::cause_error(const Call* call) {
   const Failure failure = unpack(load_acquire(team_.failure));
-  const bool during = failure.sequence == uint32_t(box_[team_.rank]->sequence);
+  const bool during = failure.sequence == uint32_t(mine().sequence);
   bool here = !told_.exchange(true);
   if (failure.cause == Cause::timeout) {
     const uint64_t late = __atomic_load_n(&control_->waiting_for[failure.rank], __ATOMIC_RELAXED);
@@ -155,9 +155,10 @@ Error ShmEngine::explain(const Failure& f, const Call* call, bool here) const {
 }
 
 std::string ShmEngine::field_values(const Failure& f) const {
-  const size_t page = f.sequence % 2;
-  const Header& a = box_[f.rank]->header[page][f.rank];
-  const Header& b = box_[f.other]->header[page][f.other];
+  const size_t page = (f.sequence + 1) % 2;  // every call counts on the first channel, and the first one had page 0
+  const std::vector<Mailbox*>& box = channels_[0].box;
+  const Header& a = box[f.rank]->header[page][f.rank];
+  const Header& b = box[f.other]->header[page][f.other];
   const std::string name = field_name(f.field);
   if (f.field == Field::bucket)
     return "rank " + std::to_string(f.rank) + " is in " + field_value(f.field, a) + ", rank " +
@@ -178,7 +179,7 @@ std::string ShmEngine::waiting_text(const Failure& f, std::vector<int>* ranks) c
     ranks->push_back(r);
     text += "rank " + std::to_string(r) + " (pid " + std::to_string(peers_[r].pid) + ", state " +
             process_state(peers_[r].pid) + ", last seq " +
-            std::to_string(shown(__atomic_load_n(&box_[r]->sequence, __ATOMIC_RELAXED))) + ")";
+            std::to_string(shown(__atomic_load_n(&channels_[0].box[size_t(r)]->sequence, __ATOMIC_RELAXED))) + ")";
   }
   char limit[48];
   std::snprintf(limit, sizeof limit, " for %g s", double(timeout_ns_) * 1e-9);

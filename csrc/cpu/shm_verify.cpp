@@ -1,45 +1,57 @@
 // The first calls of an shm communicator: does memory written here arrive there, and which kind of store is faster?
 #include <algorithm>
-#include <cmath>
 
 #include "shm_engine.h"
 
 namespace dpcomm {
 
 namespace {
-constexpr int kRounds = 4;  // of each policy; the fastest counts, so that one preemption does not decide
-}
+
+constexpr int kRounds = 4;  // of everything measured; the fastest counts, so that one preemption does not decide
+
+// A sum of ones in place, as a call.
+struct Sample {
+  std::vector<float> data;
+  Call call;
+  explicit Sample(int64_t elems) : data(size_t(elems), 1.0f) {
+    call.addresses = {reinterpret_cast<char*>(data.data())};
+    call.counts = {elems};
+    call.op = Op::mean;
+    call.algorithm = Algorithm::direct;
+  }
+};
+
+}  // namespace
 
 void ShmEngine::verify(double timeout_s, const std::string& name) {
   timeout_ns_ = int64_t(std::min(timeout_s * 1e9, 9e18));
   if (team_.nranks > 1) {
+    const int channels = used_channels_;
     check_pattern();
+    used_channels_ = 1;
     // 1 MiB a call shows the difference at its largest; with many ranks 16 groups of each do.
-    std::vector<float> data(size_t(1) << 18, 1.0f);
-    Call call;
-    call.addresses = {reinterpret_cast<char*>(data.data())};
-    call.counts = {team_.nranks <= 8 ? int64_t(data.size()) : int64_t{16} * kGroup * team_.nranks};
-    call.op = Op::mean;
-    call.algorithm = Algorithm::direct;
-    data.resize(size_t(call.counts[0]), 1.0f);
-    call.addresses[0] = reinterpret_cast<char*>(data.data());
-    touch_all_slots(call);
-    const double plain = fastest_call(call, Store::plain), streaming = fastest_call(call, Store::streaming);
-    store_ = streaming < plain ? Store::streaming : Store::plain;
+    Sample sample(team_.nranks <= 8 ? int64_t{1} << 18 : int64_t{16} * kGroup * team_.nranks);
+    touch_all_slots(sample.call);
+    stores_.choose(Store::plain);
+    const double plain = fastest_call(sample.call);
+    stores_.choose(Store::streaming);
+    if (const double streaming = fastest_call(sample.call); plain <= streaming) stores_.choose(Store::plain);
+    used_channels_ = channels;
+    if (fewer_channels_ && channels > 1) choose_channels();
+    trials_ = true;
   }
-  uncounted_ = box_[team_.rank]->sequence;
+  uncounted_ = mine().sequence;
   stats(true);
   name_ = name;
 }
 
 // A slot's first use costs page faults, which would be charged to the policy that is measured first.
 void ShmEngine::touch_all_slots(const Call& call) {
-  const uint32_t* sent = box_[team_.rank]->sent;
+  const uint32_t* sent = mine().sent;
   for (const uint32_t end = sent[kGiven] + uint32_t(team_.slots); !reached(sent[kGiven], end);) allreduce(call);
 }
 
-double ShmEngine::fastest_call(Call& call, Store store) {
-  store_ = store;
+double ShmEngine::fastest_call(const Call& call) {
   int64_t best = INT64_MAX;
   for (int i = 0; i < kRounds; ++i) {
     const int64_t start = now_ns();
@@ -47,6 +59,29 @@ double ShmEngine::fastest_call(Call& call, Store store) {
     best = std::min(best, now_ns() - start);
   }
   return double(best);
+}
+
+// Jointly: a channel is played by all ranks or by none. So all compare the times of the slowest rank.
+void ShmEngine::choose_channels() {
+  constexpr double kWorthIt = 0.9;  // of the time with half as many
+  const int most = used_channels_;
+  Sample sample(int64_t{team_.nranks} * most << 17);  // 16 slices of floats a channel
+  std::vector<double> times;
+  for (used_channels_ = 1; used_channels_ <= most; used_channels_ *= 2) {
+    allreduce(sample.call);  // first touch
+    times.push_back(fastest_call(sample.call));
+  }
+  used_channels_ = 1;
+  Call compare;
+  compare.addresses = {reinterpret_cast<char*>(times.data())};
+  compare.counts = {int64_t(times.size())};
+  compare.dtype = Dtype::float64;
+  compare.op = Op::max;
+  allreduce(compare);
+  size_t best = 0;
+  for (size_t i = 1; i < times.size(); ++i)
+    if (times[i] < times[best] * kWorthIt) best = i;
+  used_channels_ = 1 << best;
 }
 
 // Whole numbers, different on each rank and at each place: the sum is known, and a slot that two ranks see at different

@@ -1,7 +1,6 @@
 // A rank played by one CTA. A lane is a thread and moves one vector of eight elements at once, so a group is one warp.
 #pragma once
-#include "../core/direct.h"
-#include "../core/oneshot.h"
+#include "../core/all_reduce.h"
 
 namespace dpcomm {
 inline namespace DPCOMM_ISA {

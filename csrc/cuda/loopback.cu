@@ -44,21 +44,24 @@ __global__ void __launch_bounds__(kThreads, 1) loopback(const __grid_constant__ 
   // What they return is said again by the failure word, which the host reads.
   if constexpr (algorithm == Algorithm::direct)
     direct<Codec>(lanes, team, bucket, header);
-  else
+  else if constexpr (algorithm == Algorithm::oneshot)
     oneshot<Codec>(lanes, team, bucket, header);
+  else
+    ring<Codec>(lanes, team, bucket, header);
 }
 
 using Kernel = void (*)(Loopback);
 
 template <class Codec>
 Kernel kernel_of(Algorithm algorithm) {
+  if (algorithm == Algorithm::ring) return loopback<Codec, Algorithm::ring>;
   return algorithm == Algorithm::oneshot ? loopback<Codec, Algorithm::oneshot> : loopback<Codec, Algorithm::direct>;
 }
 
 // A sample of the core is enough for a check: the fewer kernels, the shorter every build.
 Kernel choose_kernel(const LoopbackCall& call) {
   if (call.dtype == Dtype::float32 && call.codec == CodecKind::fp16 && (call.op == Op::sum || call.op == Op::mean))
-    return kernel_of<Fp16>(call.algorithm);
+    return kernel_of<Fp16<Float32>>(call.algorithm);
   if (call.dtype == Dtype::float32 && call.codec == CodecKind::none) return kernel_of<None<Float32>>(call.algorithm);
   if (call.dtype == Dtype::bfloat16 && call.codec == CodecKind::none && call.algorithm == Algorithm::direct)
     return loopback<None<Bfloat16>, Algorithm::direct>;
@@ -76,7 +79,7 @@ void check_arguments(const LoopbackCall& call) {
   for (const auto& segments : call.addresses)
     require(segments.size() == call.counts.size(), "each rank needs one address per count.");
   for (const int64_t n : call.counts) require(n >= 0, "counts must not be negative.");
-  require(call.algorithm == Algorithm::direct || call.algorithm == Algorithm::oneshot, "direct or oneshot is needed.");
+  require(call.algorithm != Algorithm::automatic && call.algorithm <= Algorithm::ring, "an algorithm must be named.");
   require(call.op <= Op::max, "unknown operation.");
   require(call.timeout_s > 0 && std::isfinite(call.timeout_s), "timeout_s must be a positive number of seconds.");
   require(call.slots >= 4 && (call.slots & (call.slots - 1)) == 0, "slots must be a power of two of at least 4.");

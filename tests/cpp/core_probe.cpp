@@ -8,17 +8,19 @@ namespace {
 
 using Lanes = racing::RacingLanes<1>;
 
+constexpr Algorithm kAlgorithms[] = {Algorithm::oneshot, Algorithm::direct, Algorithm::ring};
+
 std::vector<Coding<Lanes>> codings() {
   return {coding<Lanes, None<Float32>>(CodecKind::none, Dtype::float32),
-          coding<Lanes, Fp16>(CodecKind::fp16, Dtype::float32)};
+          coding<Lanes, Fp16<Float32>>(CodecKind::fp16, Dtype::float32)};
 }
 
-// Bursts of small oneshot calls (peers run ahead), then direct calls of many slices (slots are used again).
+// Bursts of small oneshot calls (peers run ahead), then calls of many slices (slots are used again).
 std::vector<Step> script(int ranks) {
   std::vector<Step> steps;
   for (uint32_t i = 0; i < 48; ++i) {
-    const bool small = i / 4 % 2 == 0;
-    const Algorithm algorithm = small ? Algorithm::oneshot : Algorithm::direct;
+    const Algorithm algorithm = kAlgorithms[i / 4 % 3];
+    const bool small = algorithm == Algorithm::oneshot;
     const CodecKind codec = i % 2 == 0 ? CodecKind::none : CodecKind::fp16;
     const Op op = Op(i % 2 == 0 ? i / 2 % 4 : i / 2 % 2);
     const Layout layout = small ? Layout{1 + 51 * int64_t(i % 8)} : Layout{int64_t(1000 + 997 * (i % 8)), 0, 257};
@@ -37,7 +39,7 @@ void test_bits(int lanes) {
 
 // Two ranks that disagree in numel fail, with memory as it was; the first cause is the one that stays.
 void test_mismatch(int lanes) {
-  for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot}) {
+  for (const Algorithm algorithm : kAlgorithms) {
     World world({2, lanes, 4, true});
     std::vector<Step> steps;
     for (const int64_t elems : {3000, 2999})  // as many groups: without the check the call would succeed

@@ -37,6 +37,12 @@ struct Bfloat16 {
   }
 };
 
+struct Float16 {
+  uint16_t code;
+  explicit operator float() const { return canonical(float(bits_of<_Float16>(code))); }
+  static Float16 nearest(float x) { return {std::isnan(x) ? uint16_t{0x7e00} : bits_of<uint16_t>(_Float16(x))}; }
+};
+
 // How each element type is summed: Acc, and the way there and back.
 template <class Stored>
 struct Arithmetic {
@@ -49,6 +55,12 @@ struct Arithmetic<Bfloat16> {
   using Acc = float;
   static Acc widen(Bfloat16 x) { return float(x); }
   static Bfloat16 narrow(Acc x) { return Bfloat16::nearest(x); }
+};
+template <>
+struct Arithmetic<Float16> {
+  using Acc = float;
+  static Acc widen(Float16 x) { return float(x); }
+  static Float16 narrow(Acc x) { return Float16::nearest(x); }
 };
 template <>
 struct Arithmetic<int64_t> {
@@ -82,41 +94,75 @@ inline void through_fp16(float* v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = canonical(std::ldexp(float(_Float16(std::ldexp(v[i], k))), -k));
 }
 
-// in[r]: one segment as rank r has it.
+// One group of accumulators on its way over the wire: fp16, or the tensor's own type.
 template <class Stored>
-std::vector<Stored> reduced(const std::vector<const Stored*>& in, int64_t n, Op op) {
+void travel(std::vector<typename Arithmetic<Stored>::Acc>& group, bool fp16) {
   using A = Arithmetic<Stored>;
-  std::vector<Stored> out;
-  for (int64_t i = 0; i < n; ++i) {
-    auto total = A::widen(in[0][i]);
-    for (size_t r = 1; r < in.size(); ++r) total = combined(op, total, A::widen(in[r][i]));
-    if constexpr (!std::is_integral_v<Stored>)
-      if (op == Op::mean) total /= static_cast<typename A::Acc>(in.size());
-    out.push_back(A::narrow(total));
-  }
-  return out;
+  if constexpr (std::is_same_v<typename A::Acc, float>)
+    if (fp16) return through_fp16(group.data(), int64_t(group.size()));
+  for (auto& v : group) v = A::widen(A::narrow(v));
 }
 
-inline std::vector<float> reduced_fp16(const std::vector<const float*>& in, int64_t n, Op op) {
-  std::vector<float> out;
-  for (int64_t at = 0; at < n; at += dpcomm::kGroup) {
-    const int64_t length = std::min<int64_t>(n - at, dpcomm::kGroup);
-    std::vector<float> total;
-    for (const float* x : in) {
-      std::vector<float> v(x + at, x + at + length);
-      through_fp16(v.data(), length);
-      if (total.empty()) {
-        total = v;
-        continue;
-      }
-      for (int64_t i = 0; i < length; ++i) total[size_t(i)] += v[size_t(i)];
-    }
-    if (op == Op::mean)
-      for (float& t : total) t /= float(in.size());
-    through_fp16(total.data(), length);
-    out.insert(out.end(), total.begin(), total.end());
+template <class Stored>
+class Groups {
+ public:
+  using A = Arithmetic<Stored>;
+  using Group = std::vector<typename A::Acc>;
+
+  // in[r]: one group as rank r has it, of n elements.
+  Groups(std::vector<const Stored*> in, int64_t n, Op op, bool fp16)
+      : in_(std::move(in)), n_(n), op_(op), fp16_(fp16) {}
+
+  // Contributions travel through fp16, are added in rank order, divided, and the result travels.
+  std::vector<Stored> rank_order() const {
+    Group total = contribution(0);
+    for (size_t r = 1; r < in_.size(); ++r) add(total, contribution(r));
+    finish(total);
+    if (fp16_) travel<Stored>(total, true);
+    return stored(total);
   }
-  return out;
-}
+  // The sum starts at rank `first` and travels from each rank to the next.
+  std::vector<Stored> ring(size_t first) const {
+    if (in_.size() == 1) return stored(widened(0));
+    Group message = widened(first);
+    travel<Stored>(message, fp16_);
+    for (size_t hop = 1; hop < in_.size(); ++hop) {
+      add(message, widened((first + hop) % in_.size()));
+      if (hop + 1 == in_.size()) finish(message);
+      travel<Stored>(message, fp16_);
+    }
+    return stored(message);
+  }
+
+ private:
+  Group widened(size_t rank) const {
+    Group v;
+    for (int64_t i = 0; i < n_; ++i) v.push_back(A::widen(in_[rank][i]));
+    return v;
+  }
+  Group contribution(size_t rank) const {
+    Group v = widened(rank);
+    if (fp16_) travel<Stored>(v, true);
+    return v;
+  }
+  void add(Group& total, const Group& more) const {
+    for (size_t i = 0; i < total.size(); ++i) total[i] = combined(op_, total[i], more[i]);
+  }
+  void finish(Group& total) const {
+    if constexpr (!std::is_integral_v<Stored>)
+      if (op_ == Op::mean)
+        for (auto& v : total) v /= static_cast<typename A::Acc>(in_.size());
+  }
+  static std::vector<Stored> stored(const Group& group) {
+    std::vector<Stored> out;
+    for (const auto v : group) out.push_back(A::narrow(v));
+    return out;
+  }
+
+  const std::vector<const Stored*> in_;
+  const int64_t n_;
+  const Op op_;
+  const bool fp16_;
+};
 
 }  // namespace expected

@@ -21,12 +21,11 @@ template <class Lanes>
 struct Coding {
   CodecKind codec;
   Dtype dtype;
-  bool (*direct)(Lanes&, const Team&, const Bucket&, const Header&);
-  bool (*oneshot)(Lanes&, const Team&, const Bucket&, const Header&);
+  bool (*all_reduce)(Lanes&, const Team&, const Bucket&, const Header&);
 };
 template <class Lanes, class Codec>
 Coding<Lanes> coding(CodecKind codec, Dtype dtype) {
-  return {codec, dtype, &dpcomm::direct<Codec, Lanes>, &dpcomm::oneshot<Codec, Lanes>};
+  return {codec, dtype, &dpcomm::all_reduce<Codec, Lanes>};
 }
 
 // Ordinary numbers, some far below their neighbours, and in stretches of 300 elements: huge, tiny, denormal, and
@@ -55,6 +54,7 @@ inline void fill(char* at, int64_t n, Dtype dtype, std::mt19937_64& random) {
     if (dtype == Dtype::float32) bits = expected::bits_of<uint32_t>(std::isnan(f) ? -f : f);
     if (dtype == Dtype::float64) bits = expected::bits_of<uint64_t>(x);
     if (dtype == Dtype::bfloat16) bits = expected::Bfloat16::nearest(f).code;
+    if (dtype == Dtype::float16) bits = expected::Float16::nearest(f).code;
     std::memcpy(at + i * size, &bits, size_t(size));
   }
 }
@@ -122,22 +122,39 @@ class Step {
   static constexpr int64_t kGuard = 64;
 
   template <class Stored>
-  std::vector<const Stored*> inputs(size_t segment) const {
-    std::vector<const Stored*> in;
-    for (const Buffer& b : input) in.push_back(reinterpret_cast<const Stored*>(&b[size_t(offsets_[segment])]));
-    return in;
-  }
-  template <class Stored>
   static Buffer raw(const std::vector<Stored>& values) {
     const char* begin = reinterpret_cast<const char*>(values.data());
     return Buffer(begin, begin + values.size() * sizeof(Stored));
   }
+  template <class Stored>
+  Buffer reduced_as(size_t s) const {
+    int64_t before = 0, all = 0;  // groups of the segments before this one; of the bucket
+    for (size_t i = 0; i < layout.size(); ++i) {
+      if (i < s) before += groups_of(layout[i]);
+      all += groups_of(layout[i]);
+    }
+    const int64_t ranks = int64_t(input.size()), chunk = (all + ranks - 1) / ranks;
+    std::vector<Stored> out;
+    for (int64_t g = 0; g < groups_of(layout[s]); ++g) {
+      std::vector<const Stored*> in;
+      for (const Buffer& b : input) in.push_back(reinterpret_cast<const Stored*>(&b[size_t(offsets_[s])]) + g * kGroup);
+      const int64_t n = std::min<int64_t>(kGroup, layout[s] - g * kGroup);
+      const expected::Groups<Stored> group(std::move(in), n, op, codec == CodecKind::fp16);
+      const auto y = algorithm == Algorithm::ring ? group.ring(size_t((before + g) / chunk)) : group.rank_order();
+      out.insert(out.end(), y.begin(), y.end());
+    }
+    return raw(out);
+  }
   Buffer reduced(size_t s) const {
-    if (codec == CodecKind::fp16) return raw(expected::reduced_fp16(inputs<float>(s), layout[s], op));
-    if (dtype == Dtype::float64) return raw(expected::reduced(inputs<double>(s), layout[s], op));
-    if (dtype == Dtype::bfloat16) return raw(expected::reduced(inputs<expected::Bfloat16>(s), layout[s], op));
-    if (dtype == Dtype::int64) return raw(expected::reduced(inputs<int64_t>(s), layout[s], op));
-    return raw(expected::reduced(inputs<float>(s), layout[s], op));
+    if (algorithm == Algorithm::ring && input.size() == 1) {  // nothing moves
+      const char* const begin = &input[0][size_t(offsets_[s])];
+      return Buffer(begin, begin + layout[s] * element_bytes(dtype));
+    }
+    if (dtype == Dtype::float64) return reduced_as<double>(s);
+    if (dtype == Dtype::float16) return reduced_as<expected::Float16>(s);
+    if (dtype == Dtype::bfloat16) return reduced_as<expected::Bfloat16>(s);
+    if (dtype == Dtype::int64) return reduced_as<int64_t>(s);
+    return reduced_as<float>(s);
   }
 
   std::vector<int64_t> offsets_;
@@ -148,8 +165,7 @@ template <class Lanes>
 bool play(Lanes& lanes, const Team& team, const std::vector<Coding<Lanes>>& codings, const Step& step,
           const Bucket& bucket, const Header& header) {
   for (const Coding<Lanes>& c : codings)
-    if (c.codec == step.codec && c.dtype == step.dtype)
-      return (step.algorithm == Algorithm::oneshot ? c.oneshot : c.direct)(lanes, team, bucket, header);
+    if (c.codec == step.codec && c.dtype == step.dtype) return c.all_reduce(lanes, team, bucket, header);
   return CHECK(!"the step's codec is in the table");
 }
 

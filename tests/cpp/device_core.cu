@@ -21,10 +21,9 @@
 
 // The core is __host__ __device__, the lanes below are not. Device code is never made of them: there is no kernel.
 #pragma nv_diag_suppress 20011, 20014
+#include "core/all_reduce.h"
 #include "core/codec_fp16.h"
 #include "core/codec_none.h"
-#include "core/direct.h"
-#include "core/oneshot.h"
 
 namespace {
 
@@ -183,9 +182,7 @@ void play(ThreadLanes lanes, const Team& team, const Bucket& bucket, Header head
   for (int64_t i = 0; i < q.calls; ++i) {
     if (!lanes.sync(load_acquire(team.failure) == 0)) return;
     header.sequence = uint64_t(i) + 1;
-    const bool ok = Algorithm(header.algorithm) == Algorithm::oneshot ? oneshot<Codec>(lanes, team, bucket, header)
-                                                                      : direct<Codec>(lanes, team, bucket, header);
-    if (!ok) return;
+    if (!all_reduce<Codec>(lanes, team, bucket, header)) return;
   }
 }
 
@@ -193,7 +190,7 @@ using Play = void (*)(ThreadLanes, const Team&, const Bucket&, Header, const Req
 
 Play choose(const Request& q) {
   const Dtype dtype = Dtype(q.dtype);
-  if (CodecKind(q.codec) == CodecKind::fp16 && dtype == Dtype::float32) return play<Fp16>;
+  if (CodecKind(q.codec) == CodecKind::fp16 && dtype == Dtype::float32) return play<Fp16<Float32>>;
   if (CodecKind(q.codec) == CodecKind::none && dtype == Dtype::float32) return play<None<Float32>>;
   if (CodecKind(q.codec) == CodecKind::none && dtype == Dtype::bfloat16) return play<None<Bfloat16>>;
   std::fprintf(stderr, "device_core: no such combination of dtype and codec\n");

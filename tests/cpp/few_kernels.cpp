@@ -12,17 +12,15 @@ namespace {
 
 template <class Codec>
 bool play(const KernelCall& call) {
-  HostLanes<Store::plain> lanes{call};
-  return Algorithm(call.header.algorithm) == Algorithm::oneshot
-             ? oneshot<Codec>(lanes, call.team, call.bucket, call.header)
-             : direct<Codec>(lanes, call.team, call.bucket, call.header);
+  HostLanes lanes{call};
+  return all_reduce<Codec>(lanes, call.team, call.bucket, call.header);
 }
 
 }  // namespace
 
 namespace portable {
 bool run(const KernelCall& call) {
-  if (CodecKind(call.header.codec) == CodecKind::fp16) return play<Fp16>(call);
+  if (CodecKind(call.header.codec) == CodecKind::fp16) return play<Fp16<Float32>>(call);
   if (Dtype(call.header.dtype) == Dtype::float32) return play<None<Float32>>(call);
   if (Dtype(call.header.dtype) == Dtype::int32) return play<None<Int32>>(call);
   std::abort();  // a test asks for what is not here

@@ -14,10 +14,9 @@
 #include <thread>
 #include <vector>
 
+#include "core/all_reduce.h"
 #include "core/codec_fp16.h"
 #include "core/codec_none.h"
-#include "core/direct.h"
-#include "core/oneshot.h"
 
 namespace racing {
 

@@ -10,6 +10,7 @@ namespace {
 using Lanes = racing::RacingLanes<1>;
 using PairedLanes = racing::RacingLanes<2>;
 
+constexpr Algorithm kAlgorithms[] = {Algorithm::direct, Algorithm::oneshot, Algorithm::ring};
 const std::vector<Layout> kLayouts = {
     {0}, {1}, {255}, {256}, {257}, {1021}, {7001}, {0, 5, 0, 300, 0}, {1, 1, 1}, {256, 0, 511, 64}, {3000, 1, 2999}};
 
@@ -18,17 +19,18 @@ std::vector<Coding<Lanes>> all_codings() {
           coding<Lanes, None<Float64>>(CodecKind::none, Dtype::float64),
           coding<Lanes, None<Bfloat16>>(CodecKind::none, Dtype::bfloat16),
           coding<Lanes, None<Int64>>(CodecKind::none, Dtype::int64),
-          coding<Lanes, Fp16>(CodecKind::fp16, Dtype::float32)};
+          coding<Lanes, Fp16<Float32>>(CodecKind::fp16, Dtype::float32),
+          coding<Lanes, Fp16<Float16>>(CodecKind::fp16, Dtype::float16)};
 }
 
-// Every layout with every codec and both algorithms, shuffled so that everything follows everything.
+// Every layout with every codec and all algorithms, shuffled so that everything follows everything.
 template <class Lanes>
 std::vector<Step> script(const std::vector<Coding<Lanes>>& codings, int ranks, int every, uint32_t seed) {
   std::vector<Step> steps;
   uint32_t i = seed;
   for (const Layout& layout : kLayouts)
     for (const Coding<Lanes>& c : codings)
-      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot}) {
+      for (const Algorithm algorithm : kAlgorithms) {
         if (++i % uint32_t(every) != 0) continue;
         const bool few_ops = c.codec == CodecKind::fp16;
         Op op = Op(i / uint32_t(every) % (few_ops ? 2 : 4));
@@ -57,7 +59,8 @@ void test_every_rank_has_the_bits_of_the_reference(int lanes, int every) {
 
 // As on a GPU: one group's exponent is found by several lanes together.
 void test_lanes_that_share_a_group_agree_on_its_exponent(int every) {
-  const std::vector<Coding<PairedLanes>> codings = {coding<PairedLanes, Fp16>(CodecKind::fp16, Dtype::float32)};
+  const std::vector<Coding<PairedLanes>> codings = {
+      coding<PairedLanes, Fp16<Float32>>(CodecKind::fp16, Dtype::float32)};
   for (const int ranks : {2, 3}) {
     auto calls = script(codings, ranks, every, 77);
     run(Shape{ranks, 2, 4, ranks == 2}, codings, calls, 77);
@@ -110,8 +113,8 @@ void test_a_mismatch_is_seen_by_all_before_memory_is_written(int lanes) {
     return Step(algorithm, CodecKind::none, Dtype::float32, Op::sum, {elems}, false, 3, seed);
   };
   for (const bool shared : {true, false})
-    for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot}) {
-      const Algorithm another = algorithm == Algorithm::direct ? Algorithm::oneshot : Algorithm::direct;
+    for (const Algorithm algorithm : kAlgorithms) {
+      const Algorithm another = algorithm == Algorithm::direct ? Algorithm::ring : Algorithm::direct;
       const Shape shape{3, lanes > 0 ? lanes : 2, 4, shared};
       const auto against = [&](Step other, int odd, const Lie& lie) {
         Step good = step(algorithm, 3000, 1), usual = step(algorithm, 7001, 2);
@@ -126,7 +129,7 @@ void test_a_mismatch_is_seen_by_all_before_memory_is_written(int lanes) {
 }
 
 void test_every_wait_ends_when_somebody_gives_up() {
-  for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot}) {
+  for (const Algorithm algorithm : kAlgorithms) {
     World world({3, 2, 4, true});
     Step step(algorithm, CodecKind::none, Dtype::float32, Op::sum, {7001}, false, 3, 5);
     std::vector<Bucket> buckets;
@@ -163,11 +166,12 @@ void test_no_two_slots_overlap_and_all_lie_in_their_arena() {
     for (const int ranks : {1, 2, 3, 8, 64}) {
       World world({ranks, 1, 4, shared, 128, 128});
       std::vector<char*> taken;
-      for (const Stream stream : {kGiven, kResult})
+      for (const Stream stream : {kGiven, kResult, kRing})
         for (int writer = 0; writer < ranks; ++writer)
           for (int reader = 0; reader < ranks; ++reader) {
             const bool common = shared && stream == kResult;  // one for all readers
             if (common && reader != writer) continue;
+            if (stream == kRing && reader != (writer + 1) % ranks) continue;
             const int home = common ? writer : reader;
             for (uint32_t number = 0xfffffffe; number != 2; ++number) {
               char* at = slot(world.team(0), stream, writer, reader, number);
@@ -183,23 +187,29 @@ void test_no_two_slots_overlap_and_all_lie_in_their_arena() {
     }
 }
 
-void check_cut(int64_t groups, int ranks, int64_t most) {
-  const Chunks chunks = Chunks::cut(groups, ranks, most);
-  CHECK(chunks.slices >= 1 && chunks.slice_groups <= most);
-  int64_t next = 0;  // the ranges of one chunk after the other cover the bucket without gap or overlap
-  for (int part = 0; part < ranks; ++part)
-    for (int64_t slice = 0; slice < chunks.slices; ++slice) {
-      const Range range = chunks.range(slice, part);
-      CHECK(range.groups >= 0 && range.groups <= most);
-      if (range.groups > 0 && CHECK(range.first == next)) next += range.groups;
+void check_cut(int64_t groups, int ranks, int64_t most, int channels = 1) {
+  int64_t all = 0;
+  for (int part = 0; part < ranks; ++part) {
+    std::vector<Range> ranges;
+    for (int channel = 0; channel < channels; ++channel) {
+      const Chunks chunks = Chunks::cut(groups, ranks, most, channel, channels);
+      CHECK(chunks.slice_groups <= most && (channel > 0 || chunks.slices >= 1));
+      for (int64_t slice = 0; slice < chunks.slices; ++slice) ranges.push_back(chunks.range(slice, part));
     }
-  CHECK(next == groups);
+    std::sort(ranges.begin(), ranges.end(), [](Range a, Range b) { return a.first < b.first; });
+    for (const Range range : ranges) {  // they cover the bucket without gap or overlap
+      CHECK(range.groups >= 0 && range.groups <= most);
+      if (range.groups > 0 && CHECK(range.first == all)) all += range.groups;
+    }
+  }
+  CHECK(all == groups);
 }
 
 void test_chunks_cover_the_bucket_exactly_once() {
   for (int64_t groups = 0; groups < 40; ++groups)
     for (int ranks = 1; ranks <= 9; ++ranks)
-      for (const int64_t most : {1, 2, 3, 7, 100}) check_cut(groups, ranks, most);
+      for (const int64_t most : {1, 2, 3, 7, 100})
+        for (const int channels : {1, 2, 3}) check_cut(groups, ranks, most, channels);
   for (const int ranks : {1, 3, 8, 64}) check_cut((int64_t{1} << 40) / kGroup + 1, ranks, int64_t{1} << 20);
 }
 
@@ -231,17 +241,17 @@ void test_offsets_have_64_bits() {
   CHECK(reinterpret_cast<const char*>(units[2].x) == base && units[2].count == 1 && units[2].at == 2 * kGroup);
   const Message<None<Float64>> message{base, groups};
   CHECK(reinterpret_cast<char*>(message.codes(huge)) == base + huge * 8);
-  const Message<Fp16> scaled{base, groups};
+  const Message<Fp16<Float32>> scaled{base, groups};
   CHECK(reinterpret_cast<char*>(scaled.exponent((groups - 1) * kGroup)) == base + groups * kGroup * 2 + groups - 1);
 }
 
 void test_a_slice_is_what_fits() {
-  CHECK(most_groups<None<Float32>>(4096, 4096) == 4);
-  CHECK(most_groups<None<Float32>>(4096, 2048) == 2);
-  CHECK(most_groups<None<Float32>>(4096, 1 << 20) == 4);
-  CHECK(most_groups<None<Float64>>(2048, 100) == 1);
-  CHECK(most_groups<Fp16>(2 * 513 - 1, 4096) == 1);
-  CHECK(most_groups<Fp16>(2 * 513, 4096) == 2);
+  CHECK(most_groups(4096, 4096, 1024) == 4);
+  CHECK(most_groups(4096, 2048, 1024) == 2);
+  CHECK(most_groups(4096, 1 << 20, 1024) == 4);
+  CHECK(most_groups(2048, 100, 2048) == 1);
+  CHECK(most_groups(2 * 513 - 1, 4096, 513) == 1);
+  CHECK(most_groups(2 * 513, 4096, 513) == 2);
 }
 
 void test_a_failure_survives_its_word() {

@@ -25,8 +25,14 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 // One communicator: a queue per rank.
 struct Group {
-  explicit Group(int nranks, double timeout_s = kTimeout) {
-    for (auto& engine : local_engines(nranks, kArena, timeout_s, "portable", "abcd"))
+  explicit Group(int nranks, double timeout_s = kTimeout, int channels = 1) {
+    Wish wish{kArena};
+    if (channels > 1) {
+      wish.arena_bytes = channels * 8 * kArena;
+      wish.channels = channels;
+      wish.slice_bytes = 1024;  // one group: small calls use all channels
+    }
+    for (auto& engine : local_engines(nranks, wish, timeout_s, "portable", "abcd"))
       rank.push_back(std::make_unique<Queue>(std::move(engine)));
   }
   // Runs body(r) for every rank at once.
@@ -107,6 +113,7 @@ void use(const Group& group, int rounds) {
       for (const int64_t elems : {1, 1000, 40000}) {
         data.push_back(std::make_unique<Data>(elems, r));
         data.back()->call.codec = i % 2 ? CodecKind::fp16 : CodecKind::none;
+        data.back()->call.algorithm = Algorithm(i % 4);
         jobs.push_back(queue.submit(data.back()->call));
       }
       data.push_back(std::make_unique<Data>(i, r));
@@ -128,7 +135,8 @@ void test_several_communicators_at_once() {
   std::vector<std::thread> threads;
   for (const int n : {1, 2, 3})
     threads.emplace_back([n] {
-      const Group group(n);
+      const Group group(n, kTimeout, n);
+      CHECK(n == 1 || group.rank[0]->engine().describe().channels == n);
       use(group, 8);
       group.all([&](int r) { group.rank[size_t(r)]->close(1); });
     });
@@ -165,6 +173,36 @@ void test_leaving_after_the_last_call_disturbs_nobody() {
       CHECK(d.all(6));
     });
   }
+}
+
+// Every rank's calls play on two channels; a call that is aborted leaves none of them behind.
+void test_an_abort_ends_all_channels() {
+  for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring}) {
+    const Group group(3, kTimeout, 2);
+    group.all([&](int r) {
+      Queue& queue = *group.rank[size_t(r)];
+      if (r == 2) {
+        std::this_thread::sleep_for(20ms);
+        queue.engine().abort("enough");
+        return;
+      }
+      Data d(50000, r);
+      d.call.algorithm = algorithm;
+      const Error error = error_of([&] { queue.run(d.call); });
+      CHECK(is(error, Code::aborted) && says(error, "enough"));
+      CHECK(d.all(float(r + 1)));  // nothing was written: rank 2 never said what it wants
+    });
+  }
+}
+
+void test_channels_find_a_mismatch_in_time() {
+  const Group group(2, kTimeout, 2);
+  group.all([&](int r) {
+    Data d(r == 0 ? 50000 : 5, r);  // two channels there, one here
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 1);
+    CHECK(is(error, Code::mismatch) && says(error, "numel: rank 0 has 50000, rank 1 has 5"));
+    CHECK(d.all(float(r + 1)));
+  });
 }
 
 // ---- faults ------------------------------------------------------------------------------------------------------
@@ -296,6 +334,8 @@ int main() {
   test_several_communicators_at_once();
   test_two_threads_share_a_communicator();
   test_leaving_after_the_last_call_disturbs_nobody();
+  test_an_abort_ends_all_channels();
+  test_channels_find_a_mismatch_in_time();
   test_a_rank_that_never_calls_is_named();
   test_mismatches_are_told_to_all_within_a_second();
   test_abort_ends_calls_in_flight_on_all_ranks();

@@ -1,0 +1,173 @@
+// One all-reduce of engine shm: from a Call to a header and a table of segments, on one channel or several, and back.
+#include <unistd.h>
+
+#include "float_environment.h"
+#include "shm_engine.h"
+
+namespace dpcomm {
+
+namespace {
+
+// What a channel must have to do before it gets a thread of its own: waking one takes as long as a few slices.
+constexpr int64_t kSlicesPerChannel = 8;
+// About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that
+// way and stay runnable, so that it moves one of them; napping, they looked like one task and stayed
+// (docs/performance.md).
+constexpr int kYields = 500;
+
+uint64_t hash_counts(const std::vector<int64_t>& counts) {
+  uint64_t h = 0xcbf29ce484222325;  // FNV-1a over whole words
+  for (const int64_t n : counts) h = (h ^ uint64_t(n)) * 0x100000001b3;
+  return h;
+}
+
+bool encodable(Dtype dtype) { return dtype == Dtype::float32 || dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
+
+}  // namespace
+
+void ShmEngine::allreduce(const Call& call) {
+  if (in_forked_child())
+    throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
+                                ", used in pid " + std::to_string(getpid()) +
+                                ". Create it after the fork, or use the spawn start method.");
+  if (load_acquire(team_.failure) != 0) throw cause_error(&call);
+  if (call.codec == CodecKind::fp16 && (!encodable(call.dtype) || call.op > Op::mean))
+    throw Error(Code::unsupported, prefix(Code::unsupported, &call) +
+                                       "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec "
+                                       "none.");
+  if (team_.nranks == 1) return;
+  Bucket bucket{};
+  const Header header = begin(call, bucket);
+  const int64_t slices = this->slices(header, bucket);
+  const int channels = channels_for(slices);
+  // Only algorithms that begin each slice with a put can be measured slice by slice.
+  const bool measured = trials_ && Algorithm(header.algorithm) != Algorithm::ring;
+  const int64_t bytes = bucket.groups * group_bytes(call.dtype, call.codec);
+  const StoreTurns turns = measured ? stores_.begin(bytes, slices / channels) : StoreTurns(stores_.chosen());
+  StoreTurns first = turns;
+  current_ = &call;
+  const auto play_channel = [&](int k) {
+    Channel& channel = channels_[size_t(k)];
+    Team team = team_;
+    team.box = channel.box.data();
+    team.channel = k;
+    team.channels = channels;
+    StoreTurns mine = turns;
+    play(channel, team, bucket, header, k == 0 ? first : mine);
+  };
+  threads_.run(channels, std::cref(play_channel));  // a reference: a copy would be allocated
+  current_ = nullptr;
+  for (int k = 0; k < channels; ++k)
+    if (!channels_[size_t(k)].ok) throw cause_error(&call);
+  if (measured) stores_.end(first, channels_[0].tally);
+  count(call, header, bucket, channels);
+}
+
+void ShmEngine::play(Channel& channel, const Team& team, const Bucket& bucket, const Header& header,
+                     StoreTurns& stores) {
+  const DefaultFloatEnvironment environment;
+  channel.tally = {};
+  channel.tally.since = now_ns();
+  channel.ok = isa_.run({team,
+                         bucket,
+                         header,
+                         stores,
+                         {&channel.spins, most_spins_, kYields, timeout_ns_, team_.failure, &channel.patience},
+                         channel.tally});
+  channel.tally.enter(Phase::wait);
+}
+
+Header ShmEngine::begin(const Call& call, Bucket& bucket) {
+  segments_.clear();
+  int64_t groups = 0, elems = 0;
+  for (size_t i = 0; i < call.counts.size(); ++i) {
+    segments_.push_back({call.addresses[i], call.counts[i], groups});
+    groups += groups_of(call.counts[i]);
+    elems += call.counts[i];
+  }
+  if (segments_.empty()) segments_.push_back({nullptr, 0, 0});
+  bucket = {segments_.data(), int64_t(segments_.size()), groups};
+  const uint64_t sequence = mine().sequence + 1;
+  __atomic_store_n(&mine().sequence, sequence, __ATOMIC_RELAXED);  // peers read it for their messages only
+  const Algorithm algorithm = call.algorithm == Algorithm::automatic
+                                  ? choose_algorithm(groups, call.dtype, call.codec, team_.nranks)
+                                  : call.algorithm;
+  Header header{};
+  header.sequence = sequence;
+  header.numel = elems;
+  header.layout = hash_counts(call.counts);
+  header.tensors = int32_t(call.counts.size());
+  header.bucket = call.bucket;
+  header.op = uint8_t(call.op);
+  header.dtype = uint8_t(call.dtype);
+  header.codec = uint8_t(call.codec);
+  header.algorithm = uint8_t(algorithm);
+  return header;
+}
+
+// Of a whole chunk, on one channel.
+int64_t ShmEngine::slices(const Header& header, const Bucket& bucket) const {
+  const int parts = Algorithm(header.algorithm) == Algorithm::oneshot ? 1 : team_.nranks;
+  const int64_t bytes = group_bytes(Dtype(header.dtype), CodecKind(header.codec));
+  return Chunks::cut(bucket.groups, parts, most_groups(team_.slot_bytes, team_.slice_bytes, bytes)).slices;
+}
+
+// From data that are equal on all ranks; if they are not, the first channel notices.
+int ShmEngine::channels_for(int64_t slices) const {
+  const int64_t wanted = slices / kSlicesPerChannel;
+  return wanted < 1 ? 1 : wanted < used_channels_ ? int(wanted) : used_channels_;
+}
+
+void ShmEngine::count(const Call& call, const Header& header, const Bucket& bucket, int channels) {
+  const Tally& tally = channels_[0].tally;
+  const std::lock_guard lock(stats_mutex_);
+  ++stats_.calls;
+  stats_.input_bytes += header.numel * element_bytes(call.dtype);
+  stats_.wire_bytes += wire_groups(header, bucket) * group_bytes(call.dtype, call.codec);
+  stats_.put_s += tally.ns[int(Phase::put)] * 1e-9;
+  stats_.reduce_s += tally.ns[int(Phase::reduce)] * 1e-9;
+  stats_.get_s += tally.ns[int(Phase::get)] * 1e-9;
+  stats_.wait_s += tally.ns[int(Phase::wait)] * 1e-9;
+  for (int k = 0; k < channels; ++k) stats_.nonfinite_groups += channels_[size_t(k)].tally.nonfinite_groups;
+}
+
+// That this rank writes for others. direct: every other rank's chunk and the result of its own; oneshot: its whole
+// contribution. ring: all chunks on the way to the sum, all but two of them on the way back.
+int64_t ShmEngine::wire_groups(const Header& header, const Bucket& bucket) const {
+  if (Algorithm(header.algorithm) != Algorithm::ring) return bucket.groups;
+  const Chunks chunks = Chunks::cut(bucket.groups, team_.nranks, 1);
+  const auto groups = [&](int ahead) { return chunks.chunk((team_.rank + ahead) % team_.nranks).groups; };
+  return 2 * bucket.groups - groups(1) - groups(2);
+}
+
+bool ShmEngine::asked_to_stop(const Call* call) {
+  if (!call || !call->interrupted || !call->interrupted()) return false;
+  abort("interrupted");
+  return true;
+}
+
+bool ShmEngine::ChannelPatience::give_up(int) {
+  if (callers && engine->asked_to_stop(engine->current_)) return true;
+  const uint64_t sequence = engine->mine().sequence;
+  for (int r = 0; r < engine->team_.nranks; ++r) {
+    const uint64_t closed = __atomic_load_n(&engine->control_->closed[r], __ATOMIC_ACQUIRE);
+    if (closed == 0 || closed > sequence) continue;  // still there, or it took part in this call before it left
+    engine->fail({Cause::peer_closed, uint8_t(r), 0, Field::none, 0});
+    return true;
+  }
+  return false;
+}
+
+void ShmEngine::ChannelPatience::timed_out(const Flag* flag, uint32_t value, int peer) {
+  const Team& team = engine->team_;
+  const Flag* flags = flag - peer;  // of all writers of this stream
+  const auto stream = (flags - &mailbox->arrived[0][0]) / kMaxRanks;
+  uint64_t late = uint64_t{1} << peer;
+  for (int r = 0; r < team.nranks; ++r)
+    if (r != team.rank && stream != kRing && stream != kDrained && !reached(load_acquire(&flags[r].value), value))
+      late |= uint64_t{1} << r;  // in a ring I wait for a neighbour; the others say nothing on its streams
+  __atomic_store_n(&engine->control_->waiting_for[team.rank], late, __ATOMIC_RELAXED);  // released by the failure word
+  engine->fail({Cause::timeout, uint8_t(team.rank), 0, Field::none, 0});
+}
+
+}  // namespace dpcomm
