@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BENCH_FLAGS ?= --json benchmarks/results/allreduce-2ranks.json --plot benchmarks/results/allreduce-2ranks.png
+RESULTS := benchmarks/results
+BENCH_FLAGS ?= --json $(RESULTS)/allreduce-2ranks.json --plot $(RESULTS)/allreduce-2ranks.png
 
 requirements := $(wildcard requirements/*.txt)
 # Folders are listed too: their time changes when a file comes or goes.
@@ -14,7 +15,7 @@ cpp_sources = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint bench gpu-check format clean
+.PHONY: help venv demo test lint bench bench-smoke bench-train gpu-check format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,8 +44,18 @@ lint: venv ## ruff, mypy --strict, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(cpp_sources)
 
-bench: venv ## the README's table: dpcomm against gloo
+bench: venv ## benchmarks/results: dpcomm against everybody, from Python and C++; about 35 minutes
 	$(BIN)/python benchmarks/allreduce.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/report.py
+	for ranks in 2 4 8; do \
+	  $(BIN)/python benchmarks/rivals.py --ranks $$ranks --json $(RESULTS)/rivals-$${ranks}ranks.json || failed=1; done; \
+	  $(BIN)/python benchmarks/report.py --render && test -z "$$failed"
+
+bench-smoke: venv ## ratios to gloo beside the committed ones, as information; under a minute
+	$(BIN)/python benchmarks/smoke.py
+
+bench-train: venv ## step times of data-parallel training, dpcomm against stock DDP; under 8 minutes
+	$(BIN)/python benchmarks/train.py --out benchmarks/results
 
 gpu-check: venv ## build and run what needs a GPU; stops at once where there is none
 	$(BIN)/python benchmarks/gpu_check.py

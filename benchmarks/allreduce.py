@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--ranks", type=int, default=2, help="processes to start; ignored under torchrun (default: 2)")
     add("--engine", default="auto", help="what carries the bytes (default: auto)")
     add("--codec", type=lambda text: text.split(","), default=["none", "fp16"], help="with commas (default: none,fp16)")
-    add("--algorithm", default="auto", help="auto, direct or oneshot (default: auto)")
+    add("--algorithm", default="auto", help="auto, direct, oneshot or ring (default: auto)")
     add("--vs", choices=["gloo", "nothing"], default="gloo", help="whom to compare with (default: gloo)")
     add("--threads", type=int, default=1, help="torch's threads in each process (default: 1)")
     add("--json", type=Path, metavar="FILE", help="write the rows and a description of the machine")

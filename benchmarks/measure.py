@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from verification import Verdict, verify
+from verification import Verdict, precision_of, verify
 
 import dpcomm
 
@@ -116,7 +116,8 @@ class Subject:
     def verify(self, elems: int, corrupt: str | None) -> tuple[Verdict, int]:
         """The verdict, and the bytes that the busiest rank sent for it. Collective."""
         before = self.comm.stats()["wire_bytes"]
-        verdict = verify(self, elems, self.codec, corrupt)
+        precision = precision_of(self.codec, self.comm.algorithm, self.comm.nranks)
+        verdict = verify(self, elems, precision, corrupt)
         sent = torch.tensor([int(self.comm.stats()["wire_bytes"] - before)])
         dist.all_reduce(sent, dist.ReduceOp.MAX)
         return verdict, int(sent)
