@@ -220,8 +220,8 @@ def arena_bytes(nranks: int, slots: int, slot_bytes: int) -> int:
 
 def test_arenas_have_the_size_of_the_page(memory: Memory) -> None:
     facts = memory.comms[0].describe()
-    assert (facts["slots"], facts["slot_bytes"]) == (16, 33792)
-    assert facts["arena_bytes"] == arena_bytes(facts["nranks"], 16, 33792)
+    assert (facts["slots"], facts["slot_bytes"]) == (8, 132096)
+    assert facts["arena_bytes"] == arena_bytes(facts["nranks"], 8, 132096)
     assert MAILBOX + table("mailbox")["sent_result"].stop <= SLOTS
 
 
@@ -252,7 +252,7 @@ def sealed_memfd(size: int) -> int:
 def test_a_rank_written_from_the_page_is_accepted(spoiled: str) -> None:
     """This test plays rank 1 of 2; with one field changed it is refused."""
     builder = _native.ShmBuilder(0, 2, _native.ShmWish(64 << 20), "")
-    size, secret = arena_bytes(2, 16, 33792), bytes(range(32))
+    size, secret = arena_bytes(2, 8, 132096), bytes(range(32))
     assert builder.probe([builder.endpoint(), bytes(32)]) == [True, True]
     said = bytearray(handshake(secret, 1, 2, size))
     if spoiled:

@@ -9,7 +9,6 @@
 //   post(flag, value)             this lane publishes value (release)
 //   group_max(m)                  maximum over the lanes that share a group
 //   push(p, v)                    writes a vector that a peer will read
-//   soon(x)                       user memory some way behind x will be read: a hint
 //   phase(p), nonfinite_group()   statistics
 #pragma once
 #include "chunks.h"

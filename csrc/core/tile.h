@@ -115,7 +115,6 @@ DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, const typ
 template <class Codec, class Lanes>
 DPCOMM_HD void put(Lanes& lanes, const Bucket& bucket, Range range, const Message<Codec>& out) {
   each_memory<Codec, false>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
-    lanes.soon(memory.unit.x);
     push<Codec>(lanes, out, at, Codec::scale(lanes, memory), memory);
   });
 }

@@ -48,14 +48,6 @@ struct HostLanes {
     store(to, v);
   }
 
-  // Encoding reads a group twice, and its first pass waits for memory with little else to do. 4 KiB ahead is four
-  // groups of floats: 10 % at 4 MiB and above (docs/performance.md).
-  template <class T>
-  DPCOMM_HD void soon(const T* x) const {
-    const char* ahead = reinterpret_cast<const char*>(x) + 4096;
-    for (int i = 0; i < int(kGroup * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
-  }
-
   void phase(Phase p) {
     call.tally.enter(p);
     if (p == Phase::put) streaming = call.stores.next(call.tally) == Store::streaming;

@@ -9,7 +9,7 @@ namespace dpcomm {
 namespace {
 
 // What a channel must have to do before it gets a thread of its own: waking one takes as long as a few slices.
-constexpr int64_t kSlicesPerChannel = 8;
+constexpr int64_t kSlicesPerChannel = 2;
 // About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that
 // way and stay runnable, so that it moves one of them; napping, they looked like one task and stayed
 // (docs/performance.md).

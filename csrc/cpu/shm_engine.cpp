@@ -12,10 +12,11 @@ namespace dpcomm {
 
 namespace {
 
-constexpr int kSlots = 16;                     // docs/performance.md compares 4 to 64
-constexpr int64_t kMostSlotBytes = 33 * 1024;  // 32 KiB of codes and their exponents
+// docs/performance.md compares 4 to 64 slots of 33 to 513 KiB.
+constexpr int kSlots = 8;
+constexpr int64_t kMostSlotBytes = 129 * 1024;  // 128 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
-constexpr int64_t kSliceBytes = 32 * 1024;
+constexpr int64_t kSliceBytes = 128 * 1024;
 constexpr int kSpins = 200, kSpinsCrowded = 2;
 
 int64_t pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }

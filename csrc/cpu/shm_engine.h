@@ -97,6 +97,7 @@ class ShmEngine final : public Engine {
   void touch_all_slots(const Call& call);
   double fastest_call(const Call& call);
   void choose_channels();
+  void of_slowest_rank(std::vector<float>& times);
 
   // shm_errors.cpp: the failure word in words.
   Error cause_error(const Call* call);

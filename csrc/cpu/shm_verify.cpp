@@ -32,10 +32,13 @@ void ShmEngine::verify(double timeout_s, const std::string& name) {
     // 1 MiB a call shows the difference at its largest; with many ranks 16 groups of each do.
     Sample sample(team_.nranks <= 8 ? int64_t{1} << 18 : int64_t{16} * kGroup * team_.nranks);
     touch_all_slots(sample.call);
-    stores_.choose(Store::plain);
-    const double plain = fastest_call(sample.call);
-    stores_.choose(Store::streaming);
-    if (const double streaming = fastest_call(sample.call); plain <= streaming) stores_.choose(Store::plain);
+    std::vector<float> times;
+    for (const Store store : {Store::plain, Store::streaming}) {
+      stores_.choose(store);
+      times.push_back(float(fastest_call(sample.call)));
+    }
+    of_slowest_rank(times);
+    stores_.choose(times[1] < times[0] ? Store::streaming : Store::plain);
     used_channels_ = channels;
     if (fewer_channels_ && channels > 1) choose_channels();
     trials_ = true;
@@ -61,23 +64,28 @@ double ShmEngine::fastest_call(const Call& call) {
   return double(best);
 }
 
-// Jointly: a channel is played by all ranks or by none. So all compare the times of the slowest rank.
+// Afterwards all ranks have the same times, and so choose the same.
+void ShmEngine::of_slowest_rank(std::vector<float>& times) {
+  Call compare;
+  compare.addresses = {reinterpret_cast<char*>(times.data())};
+  compare.counts = {int64_t(times.size())};
+  compare.dtype = Dtype::float32;
+  compare.op = Op::max;
+  allreduce(compare);
+}
+
+// A channel is played by all ranks or by none.
 void ShmEngine::choose_channels() {
   constexpr double kWorthIt = 0.9;  // of the time with half as many
   const int most = used_channels_;
   Sample sample(int64_t{team_.nranks} * most << 17);  // 16 slices of floats a channel
-  std::vector<double> times;
+  std::vector<float> times;
   for (used_channels_ = 1; used_channels_ <= most; used_channels_ *= 2) {
     allreduce(sample.call);  // first touch
-    times.push_back(fastest_call(sample.call));
+    times.push_back(float(fastest_call(sample.call)));
   }
   used_channels_ = 1;
-  Call compare;
-  compare.addresses = {reinterpret_cast<char*>(times.data())};
-  compare.counts = {int64_t(times.size())};
-  compare.dtype = Dtype::float64;
-  compare.op = Op::max;
-  allreduce(compare);
+  of_slowest_rank(times);
   size_t best = 0;
   for (size_t i = 1; i < times.size(); ++i)
     if (times[i] < times[best] * kWorthIt) best = i;

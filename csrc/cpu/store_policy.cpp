@@ -1,5 +1,7 @@
 #include "store_policy.h"
 
+#include <algorithm>
+
 #include "wait.h"
 
 namespace dpcomm {
@@ -17,19 +19,19 @@ StoreTurns StoreTurns::trial(Store store) {
   return turns;
 }
 
-// Slices 2-6 are plain, 7-11 streaming. The first two of each are not timed: three slices are on their way at once.
+// Slices 2-4 are plain, 5-7 streaming. The first of each is not timed: three slices are on their way at once.
 Store StoreTurns::next(const Tally& tally) {
   if (!trial_) return store_;
   ++slice_;
-  if (slice_ == 4 || slice_ == 7 || slice_ == 9 || slice_ == 12) at_[marks_++] = tally.busy_ns();
-  if (slice_ < 2 || slice_ >= 12) return store_;
-  return slice_ < 7 ? Store::plain : Store::streaming;
+  if (slice_ == 3 || slice_ == 5 || slice_ == 6 || slice_ == 8) at_[marks_++] = tally.busy_ns();
+  if (slice_ < 2 || slice_ >= 8) return store_;
+  return slice_ < 5 ? Store::plain : Store::streaming;
 }
 
 StoreTurns StorePolicy::begin(int64_t bytes, int64_t slices) {
   since_trial_ += bytes;
   role_ = Role::usual;
-  if (since_trial_ < kBytesBetweenTrials || bytes < kLeastBytes) return StoreTurns(store_);
+  if (since_trial_ < interval_ || bytes < kLeastBytes) return StoreTurns(store_);
   if (slices >= StoreTurns::kSlices) {
     role_ = Role::slices;
     return StoreTurns::trial(store_);
@@ -67,6 +69,7 @@ void StorePolicy::vote(int64_t plain_ns, int64_t streaming_ns) {
   if (voted_ == better) store_ = better;
   votes_ = 0;
   since_trial_ = 0;
+  interval_ = std::min(2 * interval_, kLastInterval);
 }
 
 }  // namespace dpcomm

@@ -29,7 +29,7 @@ class StoreTurns {
   explicit StoreTurns(Store store = Store::plain) : store_(store) {}
   // A call that tries both on some of its slices; it needs kSlices of them.
   static StoreTurns trial(Store store);
-  static constexpr int kSlices = 13;
+  static constexpr int kSlices = 9;
 
   Store next(const Tally& tally);  // of the slice that begins now
   bool tried() const { return marks_ == kMarks; }
@@ -54,15 +54,16 @@ class StorePolicy {
   StoreTurns begin(int64_t bytes, int64_t slices);
   void end(const StoreTurns& turns, const Tally& tally);
 
-  static constexpr int64_t kBytesBetweenTrials = int64_t{256} << 20;  // a wrong guess then costs about 1 % of the time
-  static constexpr int64_t kLeastBytes = 32 << 10;                    // smaller calls show nothing
+  // Of calls between two trials: twice as many each time. A trial costs up to four calls' time.
+  static constexpr int64_t kFirstInterval = int64_t{16} << 20, kLastInterval = int64_t{256} << 20;
+  static constexpr int64_t kLeastBytes = 32 << 10;  // smaller calls show nothing
 
  private:
   void vote(int64_t plain_ns, int64_t streaming_ns);
 
   Store store_ = Store::plain;
-  int64_t since_trial_ = 0;  // bytes
-  int votes_ = 0;            // of this trial; two that agree decide
+  int64_t since_trial_ = 0, interval_ = kFirstInterval;  // bytes
+  int votes_ = 0;                                        // of this trial; two that agree decide
   Store voted_ = Store::plain;
   // A pair of small calls of similar sizes, one with each kind of store.
   int64_t pair_bytes_ = 0;     // of the call that was made with plain stores; 0: none

@@ -44,9 +44,7 @@ struct CtaLanes {
     store(to, v);
   }
 
-  template <class T>
-  __device__ void soon(const T*) const {}  // the other warps hide the latency
-  __device__ void phase(Phase) const {}    // times are taken on the host
+  __device__ void phase(Phase) const {}  // times are taken on the host
   __device__ void nonfinite_group() const {
     if (threadIdx.x % 32 == 0) atomicAdd(nonfinite_groups, 1ull);
   }

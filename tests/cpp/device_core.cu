@@ -120,8 +120,6 @@ struct ThreadLanes {
   void push(T* to, const Vec<T>& v) const {
     store(to, v);
   }
-  template <class T>
-  void soon(const T*) const {}
   void phase(Phase) const {}
   void nonfinite_group() const {
     if (lane % kWarp == 0) ++nonfinite_groups;

@@ -85,10 +85,6 @@ class RacingLanes {
   void push(T* to, const Vec<T>& v) {
     store(to, v);
   }
-  template <class T>
-  void soon(const T*) const {}
-  template <class T>
-  void soon(const T*) {}
   void phase(Phase) {}
   void nonfinite_group() {}
 

@@ -35,12 +35,12 @@ void play_bytes(StorePolicy& policy, const Machine& machine, int64_t bytes, int6
 const Machine kTogether{100, 200}, kApart{500, 100};
 
 void test_it_follows_the_machine_within_some_calls() {
-  for (const int slices : {1, 4, 12, 13, 16, 400}) {
+  for (const int slices : {1, 4, 8, 9, 16, 400}) {
     StorePolicy policy;
     const int64_t call = slices * kMiB / 16;
     for (int moves = 0; moves < 4; ++moves) {
       const bool apart = moves % 2 == 0;
-      play_bytes(policy, apart ? kApart : kTogether, StorePolicy::kBytesBetweenTrials + 8 * call, call, slices);
+      play_bytes(policy, apart ? kApart : kTogether, StorePolicy::kLastInterval + 8 * call, call, slices);
       CHECK(policy.chosen() == (apart ? Store::streaming : Store::plain));
     }
   }
@@ -60,16 +60,16 @@ void test_what_is_nearly_even_changes_nothing() {
   for (const Store store : {Store::plain, Store::streaming}) {
     StorePolicy policy;
     policy.choose(store);
-    play_bytes(policy, {105, 100}, 2 * StorePolicy::kBytesBetweenTrials, kMiB, 16);
+    play_bytes(policy, {105, 100}, 2 * StorePolicy::kLastInterval, kMiB, 16);
     CHECK(policy.chosen() == store);
   }
 }
 
 void test_one_disturbed_trial_decides_nothing() {
   StorePolicy policy;
-  play_bytes(policy, kTogether, StorePolicy::kBytesBetweenTrials - kMiB, kMiB, 16);
+  play_bytes(policy, kTogether, StorePolicy::kLastInterval - kMiB, kMiB, 16);
   play(policy, kApart, kMiB, 16);  // the first of two
-  play_bytes(policy, kTogether, StorePolicy::kBytesBetweenTrials / 2, kMiB, 16);
+  play_bytes(policy, kTogether, StorePolicy::kLastInterval / 2, kMiB, 16);
   CHECK(policy.chosen() == Store::plain);
 }
 
@@ -82,7 +82,7 @@ void test_waiting_for_a_late_peer_says_nothing_about_stores() {
 void test_small_calls_are_left_alone() {
   StorePolicy policy;
   int streaming = 0;
-  for (int64_t done = 0; done < 2 * StorePolicy::kBytesBetweenTrials; done += 4096)
+  for (int64_t done = 0; done < 2 * StorePolicy::kLastInterval; done += 4096)
     streaming += play(policy, kApart, 4096, 1);
   CHECK(streaming == 0 && policy.chosen() == Store::plain);
 }
