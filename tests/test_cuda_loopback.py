@@ -30,9 +30,11 @@ RANKS = (1, 2, 3, 4, 8)
 KERNELS = (
     ("float32", "none", "direct"),
     ("float32", "none", "oneshot"),
+    ("float32", "none", "ring"),
     ("bfloat16", "none", "direct"),
     ("float32", "fp16", "direct"),
     ("float32", "fp16", "oneshot"),
+    ("float32", "fp16", "ring"),
 )
 IDS = tuple("-".join(kernel) for kernel in KERNELS)
 GUARD = 0xA5  # what lies around every segment

@@ -27,9 +27,18 @@ pytestmark = [
 ]
 
 ARCHITECTURES = ("80", "90", "100", "120")
-KERNELS = ("float32-direct", "float32-oneshot", "bfloat16-direct", "fp16-direct", "fp16-oneshot")
+KERNELS = (
+    "float32-direct",
+    "float32-oneshot",
+    "float32-ring",
+    "bfloat16-direct",
+    "fp16-direct",
+    "fp16-oneshot",
+    "fp16-ring",
+)
+ALGORITHMS = {"1": "direct", "2": "oneshot", "3": "ring"}
 MAX_REGISTERS = 128  # times 512 threads is the register file: one CTA always fits on an SM
-MANGLED = re.compile(r"\w*8loopback\w*?(Float32|Bfloat16|Fp16)\w*?AlgorithmE([12])E\w*")
+MANGLED = re.compile(r"\w*8loopback\w*?(Float32|Bfloat16|Fp16)\w*?AlgorithmE([123])E\w*")
 PTXAS = re.compile(
     r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -86,7 +95,7 @@ def run(command: list[str], cwd: Path) -> str:
 def kernel_name(mangled: str) -> str:
     match = MANGLED.fullmatch(mangled)
     assert match is not None, f"not a loopback kernel: {mangled}"
-    return f"{match[1].lower()}-{'direct' if match[2] == '1' else 'oneshot'}"
+    return f"{match[1].lower()}-{ALGORITHMS[match[2]]}"
 
 
 def read(log: str, ptx: dict[str, Path]) -> Compiled:

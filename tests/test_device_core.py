@@ -47,10 +47,12 @@ Kernel = tuple[str, str, str]  # dtype, codec, algorithm
 KERNELS: tuple[Kernel, ...] = (
     ("float32", "none", "direct"),
     ("float32", "none", "oneshot"),
+    ("float32", "none", "ring"),
     ("bfloat16", "none", "direct"),
     ("bfloat16", "none", "oneshot"),
     ("float32", "fp16", "direct"),
     ("float32", "fp16", "oneshot"),
+    ("float32", "fp16", "ring"),
 )
 IDS = tuple("-".join(kernel) for kernel in KERNELS)
 GUARD = 0xA5  # what lies around every segment

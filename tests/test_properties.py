@@ -77,7 +77,7 @@ class Group:
 
     def __init__(self, nranks: int, setting: Setting) -> None:
         wish = _native.ShmWish(
-            16 * 2**20,
+            64 * 2**20,
             channels=setting.channels,
             crowded=nranks > (os.cpu_count() or 1),
             slots=setting.slots,
@@ -154,7 +154,7 @@ SETTINGS = st.builds(
     simd=st.sampled_from(_native.simd()),
     channels=st.sampled_from([1, 2, 3]),
     slots=st.sampled_from([4, 16]),
-    slice_bytes=st.sampled_from([1024, 3000, 0]),  # a group or two; 0 is 32 KiB and more
+    slice_bytes=st.sampled_from([1024, 3000, 0]),  # a group or two; 0 is 128 KiB
 )
 
 
