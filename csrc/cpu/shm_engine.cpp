@@ -16,7 +16,7 @@ namespace {
 constexpr int kSlots = 8;
 constexpr int64_t kMostSlotBytes = 129 * 1024;  // 128 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
-constexpr int64_t kSliceBytes = 128 * 1024;
+constexpr int64_t kSliceBytes = 256 * (2 * kGroup + 1);  // 128 KiB: 256 groups of fp16, 128 of float32
 constexpr int kSpins = 200, kSpinsCrowded = 2;
 
 int64_t pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
