@@ -11,7 +11,7 @@ BENCH_FLAGS ?= --json $(RESULTS)/allreduce-2ranks.json --plot $(RESULTS)/allredu
 requirements := $(wildcard requirements/*.txt)
 # Folders are listed too: their time changes when a file comes or goes.
 sources := setup.py pyproject.toml $(shell find csrc)
-cpp_sources = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+cpp_sources = $(shell find csrc tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

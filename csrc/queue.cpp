@@ -83,8 +83,8 @@ std::shared_ptr<Job> Queue::submit(Call call) {
   auto job = std::make_shared<Job>(std::move(call));
   if (in_forked_child()) engine_->allreduce(job->call);  // throws ForkError
   const std::lock_guard lock(mutex_);
-  jobs_.emplace_back(take_ticket(), job);
-  if (!worker_) worker_ = std::make_unique<std::thread>([this] { work(); });
+  if (!worker_ && !closing_) worker_ = std::make_unique<std::thread>([this] { work(); });
+  jobs_.emplace_back(take_ticket(), job);  // after what may fail: a ticket that nobody serves would stop the queue
   changed_.notify_all();
   return job;
 }

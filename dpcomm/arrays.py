@@ -100,12 +100,14 @@ class Parts(NamedTuple):
     Attributes:
         addresses, counts, dtypes: What is reduced, array by array.
         segments: By their place in the list, the arrays that `direct` did not take.
+        kept: The arrays themselves, so that their memory lives whatever becomes of the list.
     """
 
     addresses: list[int]
     counts: list[int]
     dtypes: list[str]
     segments: dict[int, Segment]
+    kept: tuple[Array, ...]
 
     def extents(self) -> Intervals:
         """Between which bytes of the user's memory each array lies."""
@@ -142,7 +144,8 @@ def parts(x: Array | Sequence[Array]) -> Parts:
     listed = isinstance(x, (list, tuple))
     addresses, counts, dtypes = [], [], []
     segments = {}
-    for place, item in enumerate(x if listed else [x]):
+    kept = tuple(x) if listed else (x,)
+    for place, item in enumerate(kept):
         plain = direct(item)
         if plain is None:
             made = segments[place] = _item(item, place) if listed else segment(item)
@@ -150,7 +153,7 @@ def parts(x: Array | Sequence[Array]) -> Parts:
         addresses.append(plain[0])
         counts.append(plain[1])
         dtypes.append(plain[2])
-    return Parts(addresses, counts, dtypes, segments)
+    return Parts(addresses, counts, dtypes, segments, kept)
 
 
 def segment(x: Array) -> Segment:
@@ -212,9 +215,12 @@ def _item(x: Array, place: int) -> Segment:
 
 def _data_ptr(x: torch.Tensor) -> int:
     try:
-        return x.data_ptr()
-    except RuntimeError as error:  # functorch wrappers, freed storages
+        address = x.data_ptr()
+    except RuntimeError as error:  # functorch wrappers
         raise UnsupportedError(f"allreduce: the tensor has no memory of its own ({error})") from None
+    if address == 0 and x.numel():  # a storage that was freed, or zeros that torch does not store
+        raise UnsupportedError(f"allreduce: the tensor has {x.numel()} elements, but its memory has been freed")
+    return address
 
 
 def _array_address(x: npt.NDArray[Any]) -> int:

@@ -133,6 +133,11 @@ def _build_shm(meeting: Rendezvous, options: Options) -> _native.Comm:
 
     def verify() -> bytes:
         built["comm"] = builder.finish(options.timeout_s, hashlib.sha256(secret).hexdigest()[:4])
+        channels = built["comm"].describe()["channels"]
+        if channels < options.channels:
+            logger.warning(
+                "rank %d: %d channels instead of %d: DPCOMM_ARENA_MB holds no more", rank, channels, options.channels
+            )
         return b""
 
     meeting.stage("bind", bind)

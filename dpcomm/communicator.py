@@ -92,7 +92,7 @@ class Communicator:
         self.codec, self.algorithm, self.timeout_s = options.codec, options.algorithm, options.timeout_s
         self.engine = "shm" if native is not None else "none"
         self._options = options
-        self._requests: dict[tuple[object, object, object], opt.Request] = {}
+        self._requests: dict[tuple[type, object, object, object], opt.Request] = {}
         self._pending: deque[Work] = deque()
         self._closed = False
         self._built = native  # None where there is one rank only
@@ -132,7 +132,7 @@ class Communicator:
             MismatchError, PeerLostError, CommTimeoutError, AbortedError: On all ranks; the communicator is poisoned.
         """
         try:
-            request = self._requests[op, codec, algorithm]
+            request = self._requests[type(op), op, codec, algorithm]
         except (KeyError, TypeError):
             request = self._request(op, codec, algorithm)
         native = self._native
@@ -201,14 +201,14 @@ class Communicator:
             op, self.codec if codec is None else codec, self.algorithm if algorithm is None else algorithm
         )
         with contextlib.suppress(TypeError):  # a ReduceOp that cannot be hashed is validated each time
-            self._requests[op, codec, algorithm] = made
+            self._requests[type(op), op, codec, algorithm] = made  # the type: ReduceOp.SUM == 0
         return made
 
     def _allreduce_any(self, x: Any, request: opt.Request, async_op: bool) -> Any:
         """Lists, arrays that need copies, asynchronous calls, and one rank."""
         parts = self._prepare(x, request)
         if async_op:
-            return self._submit(x, parts, request)
+            return self._submit(parts, request)
         if self._native is not None:
             for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
                 self._native.run(*_arguments(bucket, request))
@@ -227,10 +227,10 @@ class Communicator:
             arrays.check_overlap([parts])
         return parts
 
-    def _submit(self, x: Any, parts: arrays.Parts, request: opt.Request) -> Work:
+    def _submit(self, parts: arrays.Parts, request: opt.Request) -> Work:
         """Queues what `_prepare` accepted."""
         self._release_completed()
-        work = Work(list(parts.segments.values()), (self, x))
+        work = Work(list(parts.segments.values()), (self, parts.kept))
         native = self._native
         if native is not None:
             self._pending.append(work)  # before the first job: the arrays must live even if a later submit raises

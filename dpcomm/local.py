@@ -80,7 +80,7 @@ def allreduce_local(
     # All are validated before any is submitted: a rank that is refused later would leave the others waiting.
     parts = [comm._prepare(x, request) for comm, x, request in zip(comms, xs, requests, strict=True)]
     arrays.check_overlap(parts)
-    works = [comm._submit(x, p, r) for comm, x, p, r in zip(comms, xs, parts, requests, strict=True)]
+    works = [comm._submit(p, r) for comm, p, r in zip(comms, parts, requests, strict=True)]
     for work in works:
         work.wait()
     return xs

@@ -144,6 +144,7 @@ def use_in_child(rank: int, nranks: int) -> tuple[int, list[Any]]:
         if child == 0:
             try:
                 caught = [catch(comm.allreduce, torch.ones(10), async_op=a) for a in (False, True)]
+                caught += [catch(f) for f in (comm.check, comm.describe, comm.stats)]  # none has the memory
                 comm.close()  # nothing of the parent's
                 os.write(writer, json.dumps([(c.failure.name, c.text) for c in caught]).encode())
             finally:
@@ -159,6 +160,7 @@ def use_in_child(rank: int, nranks: int) -> tuple[int, list[Any]]:
 
 def test_60_a_forked_child_is_told_and_its_parent_is_undisturbed(pool: Pools) -> None:
     for pid, (child, said) in pool(2).run(use_in_child):
+        assert len(said) == 5
         for name, text in said:
             assert name == "ForkError"
             assert text.startswith("[dpcomm:FORK] ")

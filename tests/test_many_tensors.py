@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import resource
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -262,3 +264,30 @@ def test_a_missing_copy_back_is_noticed() -> None:
     xs = [cases.values("float32", 40, np.random.default_rng(r)) for r in range(2)]
     with pytest.raises(AssertionError, match="40 of 40 elements of segment 0 differ"):
         check_bits([[xs[0]]], reference.allreduce([[xs[0]], [xs[1]]]), "planted")
+
+
+def test_a_list_that_is_emptied_keeps_its_tensors_alive_while_the_call_runs(pair: list[dpcomm.Communicator]) -> None:
+    lists = [[torch.full((100,), rank + 1.0), torch.full((7,), rank + 1.0)] for rank in range(2)]
+    alive = [weakref.ref(x) for x in lists[0]]
+    first = pair[0].allreduce(lists[0], async_op=True)
+    lists[0].clear()
+    gc.collect()
+    assert all(ref() is not None for ref in alive)  # the other rank has not called yet: memory is still to be written
+    pair[1].allreduce(lists[1])
+    assert first.wait(20.0)
+    assert [x.tolist() for x in lists[1]] == [[3.0] * 100, [3.0] * 7]
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused(pair: list[dpcomm.Communicator]) -> None:
+    x = torch.ones(10)
+    x.untyped_storage().resize_(0)
+    for given in (x, [torch.ones(3), x]):
+        with pytest.raises(dpcomm.UnsupportedError, match="its memory has been freed"):
+            pair[0].allreduce(given)
+    check_local(pair, Case((5,)))
+
+
+def test_a_number_is_no_operation_even_after_its_reduce_op(pair: list[dpcomm.Communicator]) -> None:
+    dpcomm.allreduce_local(pair, [torch.ones(3), torch.ones(3)], torch.distributed.ReduceOp.SUM)
+    with pytest.raises(dpcomm.ArgumentError, match="op must be a name"):
+        pair[0].allreduce(torch.ones(3), 0)

@@ -245,8 +245,8 @@ def test_ring_of_three_ranks_written_out() -> None:
 
 
 def test_ring_of_fp16_stays_under_its_bound() -> None:
-    """Independent Gaussians, 8 ranks. The k-th of the N roundings of class `ring` acts on a sum of k terms, so its share
-    of the result's error is sqrt(k/N) of one rounding's 2.08e-4: together 2.08e-4 * sqrt((N + 1) / 2) = 4.41e-4."""
+    """Independent Gaussians, 8 ranks. The k-th of the N roundings of class `ring` acts on a sum of k terms, so
+    its share of the error is sqrt(k/N) of one rounding's 2.08e-4: together 2.08e-4 * sqrt((N + 1) / 2) = 4.41e-4."""
     inputs = gaussians(8, 2**18, 1.0)
     exact = np.sum([x[0].astype(np.float64) for x in inputs], axis=0)
     ring, direct = (allreduce(inputs, codec="fp16", bit_class=c)[0] for c in ("ring", "rank_order"))

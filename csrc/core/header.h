@@ -1,7 +1,7 @@
 // What a rank says of its call before anything is believed, and the record of the first failure.
 //
-// Every call has a header: it lies at a fixed place per rank (two of them, by the parity of the sequence number: a peer
-// may be one call ahead), has a flag of its own, whatever the algorithm, and is compared by every rank with all others
+// Every call has a header: it lies at a fixed place per rank (two of them, in turns: a peer may be one call
+// ahead), has a flag of its own, whatever the algorithm, and is compared by every rank with all others
 // before it writes user memory. It travels beside the first messages, so it costs no round trip.
 #pragma once
 #include "portable.h"
@@ -19,7 +19,7 @@ struct alignas(64) Header {
 };
 static_assert(sizeof(Header) == 64);
 
-// In the order in which a disagreement is reported: the most telling first.
+// What ranks can disagree in. difference() reports the most telling one.
 enum class Field : uint8_t { none, sequence, bucket, dtype, op, codec, algorithm, numel, tensors, layout };
 
 // One word, written once by compare-and-swap: the first cause, the same for all ranks.

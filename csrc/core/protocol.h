@@ -5,7 +5,9 @@
 //   puts_off                      whether settling a group of a scaled codec after the sum of the next one pays
 //   index(), count()              which lane this is, and of how many
 //   sync(ok)                      all lanes meet; true if ok on all, and what each wrote before is visible to each
-//   wait(flag, value)             this lane returns once the flag has reached value (acquire); false when it never will
+//   wait(flag, value, peer)       this lane returns once the peer's flag has reached value (acquire); false when it
+//   never
+//                                 will
 //   post(flag, value)             this lane publishes value (release)
 //   group_max(m)                  maximum over the lanes that share a group
 //   push(p, v)                    writes a vector that a peer will read
@@ -98,6 +100,7 @@ DPCOMM_HD bool agree(Lanes& lanes, const Team& t, const Header& mine) {
     const Field field = difference(mine, theirs);
     if (field == Field::none) continue;
     ok = false;
+    if (t.channel != 0) continue;  // all channels of a rank say the same: the first one tells
     const int low = r < t.rank ? r : t.rank, high = r < t.rank ? t.rank : r;
     set_once(t.failure, pack({Cause::mismatch, uint8_t(low), uint8_t(high), field, uint32_t(mine.sequence)}));
   }

@@ -1,7 +1,10 @@
 #include "channels.h"
 
-#include <pthread.h>
-#include <signal.h>
+#include <chrono>
+#include <system_error>
+
+#include "../error.h"
+#include "signals_blocked.h"
 
 namespace dpcomm {
 
@@ -14,28 +17,45 @@ Channels::~Channels() {
   for (std::thread& t : threads_) t.join();
 }
 
-void Channels::run(int count, const std::function<void(int)>& body) {
-  if (count > 1) {
-    const std::lock_guard lock(mutex_);
+void Channels::start(int count) {
+  try {
+    const SignalsBlocked inherited;
     while (int(threads_.size()) < count - 1)
       threads_.emplace_back([this, channel = int(threads_.size()) + 1] { play(channel); });
+  } catch (const std::system_error& error) {
+    throw resource_error("starting the thread of a channel", error.code().value());
+  }
+}
+
+void Channels::run(int count, const std::function<void(int)>& body, const std::function<void()>& idle) {
+  if (count == 1) return body(0);
+  {
+    const std::lock_guard lock(mutex_);
     body_ = &body;
     count_ = count;
     running_ = count - 1;
     ++round_;
     changed_.notify_all();
   }
+  struct Join {  // whatever happens here: the threads work on the caller's memory
+    Channels& channels;
+    const std::function<void()>& idle;
+    ~Join() { channels.join(idle); }
+  } join{*this, idle};
   body(0);
-  if (count > 1) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return running_ == 0; });  // bounded: every wait inside body has a deadline
+}
+
+// Bounded: every wait inside body has a deadline.
+void Channels::join(const std::function<void()>& idle) {
+  std::unique_lock lock(mutex_);
+  while (!changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return running_ == 0; })) {
+    lock.unlock();  // it may take Python's lock, whose holder may be waiting for ours
+    idle();
+    lock.lock();
   }
 }
 
 void Channels::play(int channel) {
-  sigset_t all;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals belong to the program's own threads
   pthread_setname_np(pthread_self(), "dpcomm-channel");
   uint64_t seen = 0;
   for (;;) {

@@ -1,4 +1,4 @@
-// The threads that play a call's channels beside the caller. Started at the first call that has several.
+// The threads that play a call's channels beside the caller.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -16,11 +16,16 @@ class Channels {
   Channels(const Channels&) = delete;
   Channels& operator=(const Channels&) = delete;
 
-  // body(0) here, body(1) ... body(count - 1) on a thread each; returns when all have. One caller at a time.
-  void run(int count, const std::function<void(int)>& body);
+  // Threads for channels 1 ... count - 1; throws Error(resource) where one cannot be had.
+  void start(int count);
+
+  // body(0) here, body(1) ... body(count - 1) on a thread each; returns when all have, also if body(0) throws. While it
+  // waits for the others it calls idle every 100 ms. One caller at a time; allocates nothing.
+  void run(int count, const std::function<void(int)>& body, const std::function<void()>& idle);
 
  private:
   void play(int channel);
+  void join(const std::function<void()>& idle);
 
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <exception>
 #include <thread>
 
@@ -47,19 +48,21 @@ std::vector<std::unique_ptr<ShmEngine>> local_engines(int nranks, const Wish& wi
   for (int r = 0; r < nranks; ++r) memory->push_back(Arena::anonymous(size_t(g.arena_bytes)));
   std::vector<std::unique_ptr<ShmEngine>> engines;
   for (int r = 0; r < nranks; ++r) engines.push_back(std::make_unique<ShmEngine>(r, g, memory, isa(simd.c_str())));
-  std::vector<std::exception_ptr> errors(nranks);
+  std::exception_ptr error;  // of the first that failed
+  std::atomic<int> first{-1};
   std::vector<std::thread> threads;
   for (int r = 0; r < nranks; ++r)
     threads.emplace_back([&, r] {
       try {
         engines[r]->verify(timeout_s, name);
       } catch (...) {
-        errors[r] = std::current_exception();
+        int none = -1;
+        if (first.compare_exchange_strong(none, r)) error = std::current_exception();
+        engines[r]->abort("another rank could not be verified");
       }
     });
   for (std::thread& t : threads) t.join();
-  for (const std::exception_ptr& error : errors)
-    if (error) std::rethrow_exception(error);
+  if (error) std::rethrow_exception(error);
   return engines;
 }
 

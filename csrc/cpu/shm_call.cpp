@@ -8,7 +8,7 @@ namespace dpcomm {
 
 namespace {
 
-// What a channel must have to do before it gets a thread of its own: waking one takes as long as a few slices.
+// What a channel must have to do before it gets a thread of its own: waking one takes about as long as a slice.
 constexpr int64_t kSlicesPerChannel = 2;
 // About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that
 // way and stay runnable, so that it moves one of them; napping, they looked like one task and stayed
@@ -26,10 +26,7 @@ bool encodable(Dtype dtype) { return dtype == Dtype::float32 || dtype == Dtype::
 }  // namespace
 
 void ShmEngine::allreduce(const Call& call) {
-  if (in_forked_child())
-    throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
-                                ", used in pid " + std::to_string(getpid()) +
-                                ". Create it after the fork, or use the spawn start method.");
+  refuse_fork();
   if (load_acquire(team_.failure) != 0) throw cause_error(&call);
   if (call.codec == CodecKind::fp16 && (!encodable(call.dtype) || call.op > Op::mean))
     throw Error(Code::unsupported, prefix(Code::unsupported, &call) +
@@ -55,11 +52,13 @@ void ShmEngine::allreduce(const Call& call) {
     StoreTurns mine = turns;
     play(channel, team, bucket, header, k == 0 ? first : mine);
   };
-  threads_.run(channels, std::cref(play_channel));  // a reference: a copy would be allocated
+  const auto idle = [this] { asked_to_stop(current_); };
+  threads_.run(channels, std::cref(play_channel), std::cref(idle));  // references: copies would be allocated
+  channels_[0].tally.enter(Phase::wait);                             // for the other channels
   current_ = nullptr;
   for (int k = 0; k < channels; ++k)
     if (!channels_[size_t(k)].ok) throw cause_error(&call);
-  if (measured) stores_.end(first, channels_[0].tally);
+  if (measured) end_stores(first);
   count(call, header, bucket, channels);
 }
 
@@ -140,6 +139,11 @@ int64_t ShmEngine::wire_groups(const Header& header, const Bucket& bucket) const
   return 2 * bucket.groups - groups(1) - groups(2);
 }
 
+void ShmEngine::end_stores(const StoreTurns& turns) {
+  const std::lock_guard lock(stats_mutex_);  // describe() looks at the choice
+  stores_.end(turns, channels_[0].tally);
+}
+
 bool ShmEngine::asked_to_stop(const Call* call) {
   if (!call || !call->interrupted || !call->interrupted()) return false;
   abort("interrupted");
@@ -159,15 +163,35 @@ bool ShmEngine::ChannelPatience::give_up(int) {
 }
 
 void ShmEngine::ChannelPatience::timed_out(const Flag* flag, uint32_t value, int peer) {
+  const std::lock_guard lock(engine->abort_mutex_);  // another channel may time out, too
+  if (load_acquire(engine->team_.failure) != 0) return;
   const Team& team = engine->team_;
   const Flag* flags = flag - peer;  // of all writers of this stream
-  const auto stream = (flags - &mailbox->arrived[0][0]) / kMaxRanks;
-  uint64_t late = uint64_t{1} << peer;
+  const auto stream = (flags - &(*box)[size_t(team.rank)]->arrived[0][0]) / kMaxRanks;
+  uint64_t late = 0;
   for (int r = 0; r < team.nranks; ++r)
-    if (r != team.rank && stream != kRing && stream != kDrained && !reached(load_acquire(&flags[r].value), value))
-      late |= uint64_t{1} << r;  // in a ring I wait for a neighbour; the others say nothing on its streams
+    if (r != team.rank && !reached(load_acquire(&flags[r].value), value)) late |= uint64_t{1} << r;
+  if (stream == kRing || stream == kDrained) late = last_in_ring();
   __atomic_store_n(&engine->control_->waiting_for[team.rank], late, __ATOMIC_RELAXED);  // released by the failure word
   engine->fail({Cause::timeout, uint8_t(team.rank), 0, Field::none, 0});
+}
+
+// In a ring I wait for a neighbour, who may be waiting himself. To blame are those who have sent least.
+uint64_t ShmEngine::ChannelPatience::last_in_ring() const {
+  const Team& team = engine->team_;
+  const auto sent = [&](int r) {
+    return load_acquire(&(*box)[size_t((r + 1) % team.nranks)]->arrived[kRing][r].value);
+  };
+  const uint32_t mine = sent(team.rank);
+  int32_t least = INT32_MAX;
+  uint64_t late = 0;
+  for (int r = 0; r < team.nranks; ++r) {
+    if (r == team.rank) continue;
+    const int32_t ahead = int32_t(sent(r) - mine);
+    if (ahead < least) least = ahead, late = 0;
+    if (ahead == least) late |= uint64_t{1} << r;
+  }
+  return late;
 }
 
 }  // namespace dpcomm

@@ -92,7 +92,7 @@ void ShmEngine::join(int rank, const Geometry& g, const std::vector<char*>& aren
     for (char* arena : arenas)
       channel.box.push_back(reinterpret_cast<Mailbox*>(arena + sizeof(ControlPage) + k * g.channel_bytes));
     channel.patience.engine = this;
-    channel.patience.mailbox = channel.box[size_t(rank)];
+    channel.patience.box = &channel.box;
     channel.patience.callers = k == 0;
     channel.spins = most_spins_;
   }
@@ -110,6 +110,14 @@ void ShmEngine::watch_peers() {
         fail({Cause::peer_died, uint8_t(r), 0, Field::none, 0});
     }));
   }
+}
+
+// The arenas are not mapped in a child.
+void ShmEngine::refuse_fork() const {
+  if (!in_forked_child()) return;
+  throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
+                              ", used in pid " + std::to_string(getpid()) +
+                              ". Create it after the fork, or use the spawn start method.");
 }
 
 void ShmEngine::fail(Failure failure) {
@@ -138,6 +146,7 @@ void ShmEngine::close() {
 }
 
 Stats ShmEngine::stats(bool reset) {
+  refuse_fork();
   const std::lock_guard lock(stats_mutex_);
   const Stats now = stats_;
   if (reset) stats_ = {};
@@ -145,6 +154,8 @@ Stats ShmEngine::stats(bool reset) {
 }
 
 Description ShmEngine::describe() {
+  refuse_fork();
+  const std::lock_guard lock(stats_mutex_);
   Description d;
   d.engine = "shm";
   d.simd = isa_.name;

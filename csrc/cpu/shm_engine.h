@@ -65,10 +65,11 @@ class ShmEngine final : public Engine {
   // How one channel waits. The first one's thread is the caller's: it also asks whether the call was interrupted.
   struct ChannelPatience final : Patience {
     ShmEngine* engine = nullptr;
-    const Mailbox* mailbox = nullptr;  // mine, of this channel
+    const std::vector<Mailbox*>* box = nullptr;  // of this channel, of every rank
     bool callers = false;
     bool give_up(int peer) override;
     void timed_out(const Flag* flag, uint32_t value, int peer) override;
+    uint64_t last_in_ring() const;
   };
   struct Channel {
     std::vector<Mailbox*> box;  // of every rank
@@ -86,6 +87,8 @@ class ShmEngine final : public Engine {
   void count(const Call& call, const Header& header, const Bucket& bucket, int channels);
   int64_t wire_groups(const Header& header, const Bucket& bucket) const;
   bool asked_to_stop(const Call* call);
+  void end_stores(const StoreTurns& turns);
+  void refuse_fork() const;
 
   void fail(Failure failure);
   void join(int rank, const Geometry& geometry, const std::vector<char*>& arenas);

@@ -187,6 +187,7 @@ std::string ShmEngine::waiting_text(const Failure& f, std::vector<int>* ranks) c
 }
 
 void ShmEngine::check() {
+  refuse_fork();
   const uint64_t word = load_acquire(team_.failure);
   if (word != 0) throw explain(unpack(word), nullptr, true);
 }

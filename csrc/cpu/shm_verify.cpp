@@ -7,6 +7,7 @@ namespace dpcomm {
 
 namespace {
 
+constexpr int64_t kMostSample = int64_t{4} << 20;  // floats; more would be memory that nobody has counted with
 constexpr int kRounds = 4;  // of everything measured; the fastest counts, so that one preemption does not decide
 
 // A sum of ones in place, as a call.
@@ -27,6 +28,7 @@ void ShmEngine::verify(double timeout_s, const std::string& name) {
   timeout_ns_ = int64_t(std::min(timeout_s * 1e9, 9e18));
   if (team_.nranks > 1) {
     const int channels = used_channels_;
+    threads_.start(channels);
     check_pattern();
     used_channels_ = 1;
     // 1 MiB a call shows the difference at its largest; with many ranks 16 groups of each do.
@@ -78,7 +80,10 @@ void ShmEngine::of_slowest_rank(std::vector<float>& times) {
 void ShmEngine::choose_channels() {
   constexpr double kWorthIt = 0.9;  // of the time with half as many
   const int most = used_channels_;
-  Sample sample(int64_t{team_.nranks} * most << 17);  // 16 slices of floats a channel
+  const int64_t elems = int64_t{team_.nranks} * most << 16;  // two slices of floats a channel
+  used_channels_ = 1;
+  if (elems > kMostSample) return;
+  Sample sample(elems);
   std::vector<float> times;
   for (used_channels_ = 1; used_channels_ <= most; used_channels_ *= 2) {
     allreduce(sample.call);  // first touch

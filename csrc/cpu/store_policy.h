@@ -56,7 +56,7 @@ class StorePolicy {
 
   // Of calls between two trials: twice as many each time. A trial costs up to four calls' time.
   static constexpr int64_t kFirstInterval = int64_t{16} << 20, kLastInterval = int64_t{256} << 20;
-  static constexpr int64_t kLeastBytes = 32 << 10;  // smaller calls show nothing
+  static constexpr int64_t kLeastBytes = 8 << 10;  // smaller calls show nothing
 
  private:
   void vote(int64_t plain_ns, int64_t streaming_ns);

@@ -45,6 +45,7 @@ bool wait_long(Flag* flag, uint32_t value, int peer, const Waiting& how) {
   const int64_t deadline = now_ns() + how.timeout_ns;
   for (int tries = 0; !reached_now(flag, value); ++tries) {
     if (tries < how.yields) {
+      if (tries % 16 == 15 && load_acquire(how.failure) != 0) return false;  // on busy processors a yield may take long
       sched_yield();
       continue;
     }

@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "../error.h"
+#include "signals_blocked.h"
 
 namespace dpcomm {
 namespace {
@@ -24,17 +25,6 @@ bool hung_up(int fd) {
   const ssize_t n = ::recv(fd, dropped, sizeof dropped, MSG_DONTWAIT);
   return n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
 }
-
-// Signals belong to the program's own threads: a new thread inherits the mask of the one that starts it.
-struct SignalsBlocked {
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
-  sigset_t before;
-};
 
 void add(int epoll, int fd, uint64_t id) {
   epoll_event event{};

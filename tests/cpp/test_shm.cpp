@@ -195,6 +195,31 @@ void test_an_abort_ends_all_channels() {
   }
 }
 
+// Rank 1 stops in the middle of a ring: rank 3 waits for rank 2, who is innocent.
+void test_a_ring_names_the_rank_that_stopped() {
+  const Group group(4, 0.5);
+  std::atomic<int> blamed{0};
+  std::atomic<bool> stop{false};
+  group.all([&](int r) {
+    Data d(200000, r);
+    d.call.algorithm = Algorithm::ring;
+    // Asked only while rank 1 waits: it then holds its call up until the others have given up.
+    if (r == 1)
+      d.call.interrupted = [&] {
+        while (!stop) std::this_thread::sleep_for(1ms);
+        return false;
+      };
+    if (r == 0) std::this_thread::sleep_for(150ms);  // so that rank 1 waits, and naps
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); });
+    if (error.code == Code::timeout) {
+      CHECK(error.waiting_for == std::vector<int>{1});
+      ++blamed;
+    }
+    stop = true;
+  });
+  CHECK(blamed >= 1);
+}
+
 void test_channels_find_a_mismatch_in_time() {
   const Group group(2, kTimeout, 2);
   group.all([&](int r) {
@@ -335,6 +360,7 @@ int main() {
   test_two_threads_share_a_communicator();
   test_leaving_after_the_last_call_disturbs_nobody();
   test_an_abort_ends_all_channels();
+  test_a_ring_names_the_rank_that_stopped();
   test_channels_find_a_mismatch_in_time();
   test_a_rank_that_never_calls_is_named();
   test_mismatches_are_told_to_all_within_a_second();
