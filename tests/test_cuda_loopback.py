@@ -238,7 +238,7 @@ EMPTY = Case((0,), algorithm="direct")
         ({"timeout_s": float("nan")}, "timeout_s"),
         ({"calls": 0}, "calls"),
         ({"op": 9}, "operation"),
-        ({"algorithm": 0}, "direct or oneshot"),
+        ({"algorithm": 0}, "an algorithm must be named"),
         ({"counts": [-1]}, "negative"),
         ({"counts": [0, 0]}, "one address per count"),
         ({"addresses": []}, "ranks"),
