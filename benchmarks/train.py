@@ -8,7 +8,6 @@ it could not run.
 import argparse
 import dataclasses
 import datetime
-import importlib
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import train_report as report
+from allreduce import why_not_importable
 from environment import describe_environment
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
@@ -204,15 +204,6 @@ def main(argv: list[str]) -> int:
     if differing:
         print(f"replicas differed: {', '.join(dict.fromkeys(differing))}", file=sys.stderr)
     return 1 if differing else 0
-
-
-def why_not_importable(module: str) -> str:
-    """Empty where the module can be imported, else the reason."""
-    try:
-        importlib.import_module(module)
-    except ImportError as problem:
-        return str(problem)
-    return ""
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ import ctypes
 from collections.abc import Callable, Iterator
 from functools import cache
 
+import cases
 import pytest
 import ranks
+
+import dpcomm
 
 
 @cache
@@ -42,3 +45,12 @@ def pool() -> Iterator[Callable[[int], ranks.Pool]]:
     """pool(n).run(function, *args): see ranks.py."""
     yield ranks.pool
     ranks.close_pools()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[list[dpcomm.Communicator]]:
+    """Two ranks that are threads of this process."""
+    comms = cases.local(2)
+    yield comms
+    for comm in comms:
+        comm.close()

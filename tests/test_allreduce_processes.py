@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import cases
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, digest, tensor
+from process_memory import memory_limit, status_kib
 from ranks import Pool
 
 import dpcomm
@@ -93,11 +92,6 @@ def test_a_subgroup_reduces_among_its_members(pool: Pools) -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
 def grow_over_calls(rank: int, nranks: int, calls: int) -> tuple[int, int]:
     """KiB that anonymous memory grows by over many 4 KiB calls, warmed up, and over a tenth of them that leak."""
     x, leak = torch.ones(1024), []
@@ -118,17 +112,6 @@ def test_memory_is_flat_over_a_hundred_thousand_calls(pool: Pools) -> None:
     for flat, leaking in pool(2).run(grow_over_calls, 100_000):
         assert flat < 512  # KiB: five bytes a call
         assert leaking > 20_000  # control: 10,000 kept results of 4 KiB
-
-
-@contextmanager
-def memory_limit(extra: int) -> Any:
-    """Lets private writable memory grow by `extra` bytes; allocations beyond that fail."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (status_kib("VmData") * 1024 + extra, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def reduce_under_limit(rank: int, nranks: int) -> str:

@@ -6,7 +6,7 @@ Numbers in the names count the faults that dpcomm promises to answer; those that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,6 @@ import torch
 from faulty import catch, check, check_usable
 
 import dpcomm
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[list[dpcomm.Communicator]]:
-    comms = cases.local(2)
-    yield comms
-    for comm in comms:
-        comm.close()
 
 
 def strided(*strides: int) -> torch.Tensor:

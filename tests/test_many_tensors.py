@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import resource
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import cases
@@ -18,6 +16,7 @@ import reference
 import torch
 from cases import Case, check_bits, check_local, digest, tensor
 from faulty import catch, check
+from process_memory import memory_limit
 from ranks import Pool
 
 import dpcomm
@@ -31,14 +30,6 @@ def sizes(count: int, seed: int = 0) -> tuple[int, ...]:
     drawn = np.random.default_rng(seed).integers(16, 401, count)
     drawn[::97] = 0
     return tuple(int(n) for n in drawn)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[list[dpcomm.Communicator]]:
-    comms = cases.local(2)
-    yield comms
-    for comm in comms:
-        comm.close()
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
@@ -225,22 +216,6 @@ def test_overlaps_are_found_exactly_as_byte_by_byte(pair: list[dpcomm.Communicat
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-@contextmanager
-def memory_limit(extra: int) -> Iterator[None]:
-    """Lets private writable memory grow by `extra` bytes; allocations beyond that fail."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (status_kib("VmData") * 1024 + extra, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def reduce_many_under_limit(rank: int, nranks: int, count: int, elems: int) -> str:

@@ -17,7 +17,7 @@ import cpp_build
 import pytest
 import torch
 from cases import Case
-from test_allreduce_processes import status_kib
+from process_memory import status_kib
 
 import dpcomm
 

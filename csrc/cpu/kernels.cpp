@@ -23,7 +23,7 @@ __attribute__((flatten)) static bool run_ring(const KernelCall& call) {
   HostLanes lanes{call};
   return ring<Codec>(lanes, call.team, call.bucket, call.header);
 }
-// core/all_reduce.h in three functions: in one, the compiler runs out of registers.
+// core/all_reduce.h with a function for each algorithm: tests/test_kernels.py reads the loops of each by its name.
 template <class Codec>
 static bool run_codec(const KernelCall& call) {
   switch (Algorithm(call.header.algorithm)) {
