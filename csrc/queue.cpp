@@ -110,8 +110,8 @@ void Queue::work() {
     } catch (...) {
       error = std::current_exception();
     }
+    next.second->finish(error);  // before the next call begins: calls end in the order of their submission
     next_turn();
-    next.second->finish(error);
   }
 }
 

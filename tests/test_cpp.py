@@ -22,14 +22,16 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_core": [],
         "test_shm": [],
         "test_os": [],
+        "test_queue": [],
         "test_stores": [],
     },
-    "tsan": {"test_core": ["3", "2"], "test_shm": [], "test_os": []},
+    "tsan": {"test_core": ["3", "2"], "test_shm": [], "test_os": [], "test_queue": []},
     "asan": {
         "test_portable_portable": ["251"],
         "test_core": ["0", "2"],
         "test_shm": [],
         "test_os": [],
+        "test_queue": [],
         "test_stores": [],
     },
 }
