@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CORE_SYSTEM = {"cstdint", "cstring", "cmath", "type_traits"}
 PORTABLE_SYSTEM = CORE_SYSTEM | {"immintrin.h", "cuda_fp16.h"}  # intrinsics are verbs of core/portable.h
-ENGINES = ("cpu", "cuda", "nccl")
+ENGINES = ("host", "cpu", "cuda", "nccl")
 # What an engine may include beyond itself and the system, from the root of csrc.
-ENGINE_MAY = ("core/", "engine.h", "error.h")
+ENGINE_MAY = ("core/", "host/", "engine.h", "error.h")
 PYTHON = re.compile(r"(pybind11|torch|ATen|c10|nanobind)/|Python\.h$")
-DEVICE = {"cpu": re.compile(r"cuda|nccl"), "cuda": re.compile(r"nccl")}
+DEVICE = {"host": re.compile(r"cuda|nccl"), "cpu": re.compile(r"cuda|nccl"), "cuda": re.compile(r"nccl")}
 # The core is pure arithmetic and flags: it never allocates, locks, throws or prints.
 CORE_NEVER = re.compile(r"\b(new|delete|malloc|calloc|realloc|free|throw|printf|fprintf|cout|cerr|mutex|abort|exit)\b")
 COMPILER_MACRO = re.compile(
@@ -72,7 +72,7 @@ def core_violations(path: Path, csrc: Path) -> Iterator[str]:
 
 
 def engine_violations(path: Path, csrc: Path, engine: str) -> Iterator[str]:
-    """The rules of csrc/cpu, csrc/cuda and csrc/nccl."""
+    """The rules of csrc/host, csrc/cpu, csrc/cuda and csrc/nccl."""
     for ours, name in includes(path, csrc):
         if ours and not name.startswith((f"{engine}/", *ENGINE_MAY)):
             yield f"{engine} includes {name}"
@@ -143,6 +143,8 @@ PLANTED = [
     ("csrc/core/tile.h", "void f() { throw 1; }", "core/tile.h: core uses throw"),
     ("csrc/core/tile.h", 'void f() { printf("x"); }', "core/tile.h: core uses printf"),
     ("csrc/core/tile.h", "#ifdef __CUDA_ARCH__\n#endif", "core/tile.h: core asks for __CUDA_ARCH__ outside portable.h"),
+    ("csrc/host/arena.h", '#include "../cpu/wait.h"', "host/arena.h: host includes cpu/wait.h"),
+    ("csrc/host/arena.h", "#include <cuda_runtime.h>", "host/arena.h: host includes cuda_runtime.h"),
     ("csrc/cpu/wait.h", '#include "../queue.h"', "cpu/wait.h: cpu includes queue.h"),
     ("csrc/cpu/wait.h", '#include "cuda/lanes.cuh"', "cpu/wait.h: cpu includes cuda/lanes.cuh"),
     ("csrc/cpu/wait.h", "#include <cuda_runtime.h>", "cpu/wait.h: cpu includes cuda_runtime.h"),
@@ -161,7 +163,8 @@ PLANTED = [
 CLEAN = {
     "csrc/core/portable.h": "#include <immintrin.h>\n#ifdef __CUDACC__\n#endif\n",
     "csrc/core/tile.h": '#include "portable.h"\n#include <cmath>\n// never new, throw or printf; __AVX2__ neither\n',
-    "csrc/cpu/wait.h": '#include "../core/tile.h"\n#include "core/portable.h"\n#include <atomic>\n',
+    "csrc/host/arena.h": '#include "../core/tile.h"\n#include "../error.h"\n',
+    "csrc/cpu/wait.h": '#include "../host/arena.h"\n#include "../core/tile.h"\n#include "core/portable.h"\n#include <atomic>\n',
     "csrc/cuda/lanes.cuh": '#include "../core/tile.h"\n#include <cuda_runtime.h>\n',
     "csrc/nccl/engine.cpp": '#include "engine.h"\n#include <nccl.h>\n',
     "csrc/engine.h": '#include "error.h"\n',

@@ -4,7 +4,7 @@
 #include <system_error>
 
 #include "../error.h"
-#include "signals_blocked.h"
+#include "../host/signals_blocked.h"
 
 namespace dpcomm {
 

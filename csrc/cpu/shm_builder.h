@@ -3,7 +3,7 @@
 #pragma once
 #include <memory>
 
-#include "rendezvous.h"
+#include "../host/rendezvous.h"
 #include "shm_engine.h"
 
 namespace dpcomm {

@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "watchdog.h"
+#include "../host/watchdog.h"
 
 namespace dpcomm {
 

@@ -5,9 +5,9 @@
 #include <mutex>
 
 #include "../engine.h"
-#include "arena.h"
+#include "../host/arena.h"
 #include "channels.h"
-#include "control.h"
+#include "../host/control.h"
 #include "kernels.h"
 
 namespace dpcomm {

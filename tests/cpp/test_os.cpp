@@ -21,9 +21,9 @@
 #include <random>
 #include <thread>
 
-#include "../../csrc/cpu/arena.h"
-#include "../../csrc/cpu/rendezvous.h"
-#include "../../csrc/cpu/watchdog.h"
+#include "../../csrc/host/arena.h"
+#include "../../csrc/host/rendezvous.h"
+#include "../../csrc/host/watchdog.h"
 #include "../../csrc/error.h"
 #include "check.h"
 
