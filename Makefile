@@ -15,7 +15,7 @@ cpp_sources = $(shell find csrc tests/cpp benchmarks/cpp -name '*.h' -o -name '*
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint bench bench-smoke bench-train gpu-check format clean
+.PHONY: help venv demo test lint bench bench-smoke bench-train gpu-check gpu-static format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -59,6 +59,11 @@ bench-train: venv ## step times of data-parallel training, dpcomm against stock 
 
 gpu-check: venv ## build and run what needs a GPU; stops at once where there is none
 	$(BIN)/python benchmarks/gpu_check.py
+
+# The disassembler is not part of every CUDA Toolkit. A newer one reads the code of an older compiler.
+gpu-static: venv ## compile the kernels; compare registers, spills, accesses with the committed table; needs no GPU
+	$(PIP) install --quiet nvidia-cuda-nvdisasm==13.5.37
+	$(BIN)/python benchmarks/gpu_static.py $(STATIC_FLAGS)
 
 format: venv ## rewrite the sources as "make lint" wants them
 	$(BIN)/ruff check --fix .

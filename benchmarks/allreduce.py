@@ -65,6 +65,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("-w", dest="warmup", type=int, default=10, help="untimed calls before them (default: 10)")
     add("--ranks", type=int, default=2, help="processes to start; ignored under torchrun (default: 2)")
     add("--engine", default="auto", help="what carries the bytes (default: auto)")
+    add(
+        "--virtual-ranks",
+        type=int,
+        metavar="N",
+        help="with --engine p2p: N ranks on one GPU; -n, -w, --vs, --threads have no effect",
+    )
+    add(
+        "--max-ctas",
+        type=whole_numbers,
+        metavar="N,N",
+        help="with --virtual-ranks: CTAs of a rank (default: 1,2,4...64)",
+    )
     add("--codec", type=lambda text: text.split(","), default=["none", "fp16"], help="with commas (default: none,fp16)")
     add("--algorithm", default="auto", help="auto, direct, oneshot or ring (default: auto)")
     add("--vs", choices=["gloo", "nothing"], default="gloo", help="whom to compare with (default: gloo)")
@@ -77,6 +89,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("-n, --ranks and --threads must be at least 1, -w at least 0")
     if arguments.factor <= 1:
         parser.error("-f must be greater than 1")
+    if arguments.virtual_ranks is not None and (arguments.engine != "p2p" or arguments.virtual_ranks < 2):
+        parser.error("--virtual-ranks needs --engine p2p and must be at least 2")
+    if arguments.virtual_ranks is not None and (arguments.plot or arguments.corrupt):
+        parser.error("--plot and --corrupt do not serve --virtual-ranks")
+    if arguments.virtual_ranks is None and arguments.max_ctas is not None:
+        parser.error("--max-ctas needs --virtual-ranks")
     arguments.sizes = sizes(arguments.begin, arguments.end, arguments.factor)
     if not arguments.sizes:
         parser.error("-b must not be greater than -e")
@@ -84,6 +102,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if unknown:
         parser.error(f"--codec: no bound is known for {', '.join(sorted(unknown))}")
     return arguments
+
+
+def whole_numbers(text: str) -> list[int]:
+    """ "1,16" as [1, 16]."""
+    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers above 0, with commas between them")
+    return [int(part) for part in text.split(",")]
 
 
 def parse_size(text: str) -> int:
@@ -229,6 +254,10 @@ def main(argv: list[str]) -> int:
             f"dpcomm is not built for this Python ({problem}): run `make venv`, then .venv/bin/python", file=sys.stderr
         )
         return 2
+    if arguments.virtual_ranks is not None:
+        import loopback  # imports dpcomm
+
+        return loopback.main(arguments, argv)
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
         wrong = measure_in_group(arguments)

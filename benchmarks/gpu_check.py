@@ -1,31 +1,39 @@
-"""What needs a GPU, in one go: builds the extension, runs the tests marked gpu, times the loopback, writes a JSON.
+"""What needs a GPU, in one go and within a time budget: probes, build, tests, benchmarks, memcheck; writes one JSON.
 
-Exit status: 0, 1 where a test failed or none ran, 2 where there is no GPU. Nothing is imported or built before that is
-known.
+Exit status: 0; 1 where a step failed or ran out of time, or no test ran; 2 where there is no GPU. Nothing is imported
+or built before that is known. What the environment refuses is printed apart and is no failure.
 """
 
+from __future__ import annotations
+
+import argparse
 import ctypes
 import datetime
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import gpu_steps
+from gpu_steps import FAILED, GOOD, NOT_RUN, OK, OUT_OF_TIME, REFUSED, ROOT, Budget, Done, Result, Share
+
 RESULTS = ROOT / "benchmarks" / "results"
-TESTS_DEADLINE_S = 1800
-RANKS = (2, 4, 8)
-SIZES = tuple(mib << 20 for mib in (1, 4, 16, 64))
-CODECS = ("none", "fp16")
-CALLS = 20  # in one timing, after WARMUP untimed ones
-WARMUP = 3
-HEADS = (("ranks", 5), ("size(B)", 9), ("codec", 5), ("time(us)", 10), ("algbw(GB/s)", 11), ("busbw(GB/s)", 11))
+SCHEMA = 1  # of the JSON
+RANKS = (2, 4, 8)  # virtual ones, in the benchmark
+# What a run under memcheck holds, which slows kernels down by a factor of ten and more.
+MEMCHECK_FILE, MEMCHECK_TESTS = "tests/gpu/test_gpu_bits.py", "test_a_few_bytes_of_everything"
+QUESTION = """
+import json, sys
+sys.path.append("benchmarks")
+from gpu_environment import describe_gpu_environment
+print("\\n" + json.dumps(describe_gpu_environment()))
+"""
 
 
 @dataclass(frozen=True)
@@ -36,34 +44,21 @@ class Gpu:
     name: str = ""
     driver: str = ""  # of the kernel module, "580.95.05"
     driver_cuda: str = ""  # the newest CUDA that this driver serves, "13.0"
+    capability: str = ""  # "9.0"
+    count: int = 0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the tests marked gpu."""
+class Check:
+    """One run: where it writes, how much time is left, what is known so far."""
 
-    passed: int
-    failed: int
-    skipped: int
+    def __init__(self, gpu: Gpu, folder: Path, log: Path, budget_s: float) -> None:
+        self.gpu, self.folder, self.log = gpu, folder, log
+        self.budget = Budget(budget_s)
+        self.results: dict[str, Result] = {}
+        self.refusals: dict[str, str] = {}  # by the probe's name
 
-    @property
-    def ok(self) -> bool:
-        return self.passed > 0 and self.failed == 0
-
-    def __str__(self) -> str:
-        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One timing. Bandwidths in 10^9 bytes per second, of unencoded bytes; bus bandwidth as nccl-tests defines it."""
-
-    nranks: int
-    size_bytes: int
-    codec: str
-    time_us: float
-    algbw_gb_s: float
-    busbw_gb_s: float
+    def call(self, command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> Done:
+        return gpu_steps.call(command, seconds, self.log, env)
 
 
 def find_gpu() -> Gpu:
@@ -83,141 +78,235 @@ def find_gpu() -> Gpu:
         return Gpu(reason=f"the CUDA driver answers error {status}" if status else "the CUDA driver finds no device")
     if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
         return Gpu(reason="the CUDA driver does not name its first device")
+    major, minor = ctypes.c_int(0), ctypes.c_int(0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
     module = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+\.\d+(?:\.\d+)?", module.read_text()) if module.exists() else None
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Gpu("", name.value.decode(), found.group() if found else "", cuda)
+    capability = f"{major.value}.{minor.value}"
+    return Gpu("", name.value.decode(), found.group() if found else "", cuda, capability, count.value)
 
 
-def build() -> None:
-    """Makes sure that this Python's dpcomm has its CUDA half; builds it in place where it lacks.
-
-    Raises:
-        SystemExit: It has none after the build either.
-    """
-    question = [sys.executable, "-c", "from dpcomm import _native; assert _native.cuda_built"]
-    if subprocess.run(question, cwd=ROOT, stderr=subprocess.DEVNULL, check=False).returncode == 0:
-        return
-    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-    subprocess.run(install, cwd=ROOT, env={**os.environ, "DPCOMM_CUDA": "ON"}, check=True)
-    if subprocess.run(question, cwd=ROOT, check=False).returncode != 0:
-        raise SystemExit("gpu-check: dpcomm was built, but its extension cannot be imported or has no CUDA half.")
+# --- steps: each takes at most `seconds` -----------------------------------------------------------------------------
 
 
-def run_tests() -> Outcome:
-    """The tests marked gpu, in a process of their own; their output goes to the terminal."""
+def probe(check: Check, seconds: float) -> Result:
+    """What the environment allows. A refusal is no failure of dpcomm, so this step cannot fail."""
+    from gpu_probe import probe_all
+
+    end = time.monotonic() + seconds
+    probes = probe_all(check.call, lambda: end - time.monotonic())
+    for one in probes:
+        if one.allowed:
+            print(f"# {one.what}: allowed{f' ({one.reason})' if one.reason else ''}")
+        else:
+            check.refusals[one.name] = one.reason
+            print(f"# environment refuses {one.what}: {one.reason}")
+    refused = len(check.refusals)
+    remark = f"{len(probes) - refused} allowed, {refused} refused"
+    return Result(REFUSED if refused else OK, remark, data=[asdict(one) for one in probes])
+
+
+def build(check: Check, seconds: float) -> Result:
+    """Installs dpcomm in place, for this GPU only; compiles what has changed."""
+    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."]
+    architecture = check.gpu.capability.replace(".", "") + "-real"
+    end = time.monotonic() + seconds
+    done = check.call(install, seconds, {"DPCOMM_CUDA": "ON", "CUDAARCHS": os.environ.get("CUDAARCHS", architecture)})
+    if done.outcome != OK:
+        return failure(done)
+    question = [sys.executable, "-c", "from dpcomm import _native; assert _native.cuda_built, 'no CUDA half'"]
+    done = check.call(question, end - time.monotonic())
+    return failure(done) if done.outcome != OK else Result(OK, f"for {architecture}")
+
+
+def tests(check: Check, seconds: float) -> Result:
+    """All tests marked gpu."""
+    from gpu_tests import find_files, run_files
+
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}"]
-        status = subprocess.run(command, cwd=ROOT, timeout=TESTS_DEADLINE_S, check=False).returncode
-        outcome = read_report(report) if report.exists() else Outcome(0, 0, 0)
-    # pytest may fail without a failed test: a crash, a broken collection.
-    return outcome if status == 0 or outcome.failed else Outcome(outcome.passed, outcome.failed + 1, outcome.skipped)
+        journal = Path(folder) / "tests.jsonl"
+        result = run_files(find_files(), journal, lambda: end - time.monotonic(), check.call)
+    for test in result.data["tests"]:
+        if test["outcome"] != "passed":
+            print(f"## {test['outcome']}: {test['name']}\n{gpu_steps.tail(test['message'], 1200)}")
+    return result
 
 
-def read_report(report: Path) -> Outcome:
-    """The sums over all suites of a JUnit file."""
-    suites = list(ET.parse(report).getroot().iter("testsuite"))
-    tests, failed, errors, skipped = (
-        sum(int(suite.get(kind, "0")) for suite in suites) for kind in ("tests", "failures", "errors", "skipped")
-    )
-    return Outcome(tests - failed - errors - skipped, failed + errors, skipped)
+def kernels(check: Check, seconds: float) -> Result:
+    """The kernel alone, without Python."""
+    return benchmark(check, ["benchmarks/gpu_kernels.py", "--quick"], seconds)
 
 
-def time_loopback(nranks: int, size_bytes: int, codec: str) -> Row:
-    """Means of unit Gaussians between virtual ranks; afterwards all must hold the same bytes."""
-    import torch
-
-    from dpcomm import _native
-
-    count = size_bytes // 4
-    generator = torch.Generator("cuda").manual_seed(nranks)
-    xs = [torch.randn(count, device="cuda", generator=generator) for _ in range(nranks)]
-    call = _native.LoopbackCall()
-    call.addresses, call.counts = [[x.data_ptr()] for x in xs], [count]
-    call.dtype, call.op = _native.DTYPES["float32"], _native.OPS["mean"]
-    call.codec, call.algorithm = _native.CODECS[codec], _native.ALGORITHMS["direct"]
-    call.slots = 8
-    call.calls = WARMUP
-    _native.loopback_allreduce(call)
-    call.calls = CALLS
-    time_us, _ = _native.loopback_allreduce(call)
-    if not all(torch.equal(x.view(torch.int32), xs[0].view(torch.int32)) for x in xs):
-        raise SystemExit(f"gpu-check: replicas differ after {codec}, {nranks} ranks, {size_bytes} bytes.")
-    algbw = size_bytes / time_us / 1e3
-    return Row(nranks, size_bytes, codec, time_us, algbw, algbw * 2 * (nranks - 1) / nranks)
+def allreduce(check: Check, seconds: float) -> Result:
+    """The engine, called from Python, between virtual ranks; for each number of them."""
+    end = time.monotonic() + seconds
+    done: dict[str, Result] = {}
+    for i, nranks in enumerate(RANKS):
+        arguments = ["benchmarks/allreduce.py", "--engine", "p2p", "--virtual-ranks", str(nranks)]
+        done[str(nranks)] = benchmark(check, arguments, (end - time.monotonic()) / (len(RANKS) - i))
+    bad = [(name, one) for name, one in done.items() if one.outcome != OK]
+    remark = "; ".join(f"{name} ranks: {one.outcome} {one.remark}".rstrip() for name, one in bad)
+    return Result(bad[0][1].outcome if bad else OK, remark, data={name: one.data for name, one in done.items()})
 
 
-def time_all() -> list[Row]:
-    import torch
-
-    if not torch.cuda.is_available():
-        print("# no timings: this torch has no CUDA")
-        return []
-    print(" ".join(f"{head:>{width}}" for head, width in HEADS))
-    rows = []
-    for nranks in RANKS:
-        for codec in CODECS:
-            for size_bytes in SIZES:
-                rows.append(time_loopback(nranks, size_bytes, codec))
-                print(format_row(rows[-1]), flush=True)
-    return rows
-
-
-def format_row(row: Row) -> str:
-    cells = (
-        str(row.nranks),
-        str(row.size_bytes),
-        row.codec,
-        f"{row.time_us:.1f}",
-        f"{row.algbw_gb_s:.2f}",
-        f"{row.busbw_gb_s:.2f}",
-    )
-    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, HEADS, strict=True))
+def benchmark(check: Check, arguments: Sequence[str], seconds: float) -> Result:
+    """Runs a benchmark that writes a JSON; what it has written counts even where it ran out of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        done = check.call([sys.executable, *arguments, "--json", str(file)], seconds)
+        try:
+            figures = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            if done.outcome == OK:
+                return Result(FAILED, f"no figures: {error}")
+            figures = None
+    if done.outcome != OK:
+        failed = failure(done)
+        return Result(failed.outcome, failed.remark, data=figures)
+    return Result(OK, data=figures)
 
 
-def describe(gpu: Gpu) -> dict[str, Any]:
-    """Where this was measured; fit for json.dump."""
-    import torch
-    from environment import describe_environment
+def memcheck(check: Check, seconds: float) -> Result:
+    """compute-sanitizer over a short list of tests."""
+    from gpu_probe import SANITIZER_STATUS, Refused, find_tool
 
-    from dpcomm import _native
+    if "sanitizer" in check.refusals:
+        return Result(REFUSED, check.refusals["sanitizer"])
+    try:
+        tool = find_tool("compute-sanitizer")
+    except Refused as refusal:
+        return Result(REFUSED, str(refusal))
+    pytest = [sys.executable, "-m", "pytest", "-q", MEMCHECK_FILE, "-k", MEMCHECK_TESTS]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_STATUS), *pytest]
+    done = check.call(command, seconds)
+    if done.status == SANITIZER_STATUS:
+        return Result(FAILED, "memcheck found errors", data=gpu_steps.tail(done.output))
+    if done.outcome == OK and not re.search(r"\b\d+ passed", done.output):
+        return Result(FAILED, "no test ran", data=gpu_steps.tail(done.output))
+    return failure(done) if done.outcome != OK else Result(OK, "no errors")
 
-    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else ()  # type: ignore[no-untyped-call]
+
+def failure(done: Done) -> Result:
+    """Of a command; prints the end of its output."""
+    print(f"## {gpu_steps.tail(done.output, 2000)}")
+    if done.status is None:
+        return Result(OUT_OF_TIME, f"ended after {done.seconds:.0f} s")
+    return Result(FAILED, f"status {done.status}", data=gpu_steps.tail(done.output))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its part of the budget, and what must have gone well before."""
+
+    run: Callable[[Check, float], Result]
+    share: Share
+    needs: tuple[str, ...] = ()
+
+
+STEPS = {
+    "probe": Step(probe, Share(0.15, 0.0)),
+    "build": Step(build, Share(0.55, 0.0)),
+    "tests": Step(tests, Share(0.60, 0.25), ("build",)),
+    "kernels": Step(kernels, Share(0.15, 0.06), ("build",)),
+    "allreduce": Step(allreduce, Share(0.20, 0.10), ("build",)),
+    "memcheck": Step(memcheck, Share(0.25, 0.09), ("build",)),
+}
+
+
+def run_steps(check: Check, only: Sequence[str], steps: Mapping[str, Step]) -> None:
+    """Runs the steps that are wanted; a step that others need and that failed takes them along."""
+    wanted = [name for name in steps if not only or name in only]
+    for i, name in enumerate(wanted):
+        step = steps[name]
+        missing = [need for need in step.needs if need in check.results and check.results[need].outcome not in GOOD]
+        seconds = check.budget.seconds(step.share, [steps[other].share for other in wanted[i + 1 :]])
+        print(f"# {name}: at most {seconds:.0f} s", flush=True)
+        began = time.monotonic()
+        if missing:
+            result = Result(NOT_RUN, f"needs {', '.join(missing)}")
+        elif seconds <= 0:
+            result = Result(OUT_OF_TIME, "not begun")
+        else:
+            result = run_step(step, check, seconds)
+        spent = time.monotonic() - began
+        check.results[name] = Result(result.outcome, result.remark, round(spent, 1), result.data)
+
+
+def run_step(step: Step, check: Check, seconds: float) -> Result:
+    """A fault in a step is that step's failure: the figures of the others must not be lost."""
+    try:
+        return step.run(check, seconds)
+    except Exception as error:  # noqa: BLE001 - see above
+        return Result(FAILED, f"{type(error).__name__}: {error}")
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def describe(check: Check) -> dict[str, Any]:
+    """Where this was measured. Asked in another process: this one must not take a share of the GPU."""
+    gpu = check.gpu
+    facts = {"gpu": gpu.name, "gpus": gpu.count, "capability": gpu.capability}
+    facts |= {"driver": gpu.driver, "driver_cuda": gpu.driver_cuda}
+    done = check.call([sys.executable, "-c", QUESTION], 60.0)
+    try:
+        return {**json.loads(done.output.strip().splitlines()[-1]), **facts}
+    except (IndexError, ValueError):
+        return {**facts, "unknown": gpu_steps.tail(done.output, 500)}
+
+
+def exit_status(results: Mapping[str, Result]) -> int:
+    return 0 if all(result.outcome in GOOD for result in results.values()) else 1
+
+
+def report(check: Check, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that is known, fit for json.dump."""
     return {
-        **describe_environment(),
-        "gpu": gpu.name,
-        "driver": gpu.driver,
-        "driver_cuda": gpu.driver_cuda,
-        "cuda": _native.cuda_version,
-        "torch_cuda": torch.version.cuda or "",
-        "nccl": ".".join(map(str, nccl)),
+        "schema": SCHEMA,
+        "environment": dict(environment),
+        "steps": gpu_steps.as_rows(check.results),
+        "figures": {name: result.data for name, result in check.results.items()},
     }
 
 
-def write(gpu: Gpu, outcome: Outcome, rows: list[Row]) -> Path:
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def write(check: Check, environment: Mapping[str, Any]) -> Path:
+    check.folder.mkdir(parents=True, exist_ok=True)
     day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    path = RESULTS / f"gpu-check-{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}-{day}.json"
-    report = {"environment": describe(gpu), "tests": asdict(outcome), "loopback": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path = check.folder / f"gpu-check-{re.sub(r'[^A-Za-z0-9]+', '-', check.gpu.name)}-{day}.json"
+    path.write_text(json.dumps(report(check, environment), indent=2) + "\n")
     return path
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(STEPS), default=[], help="this step; may be repeated")
+    parser.add_argument("--budget-s", type=float, default=480.0, help="seconds for all steps (default: 480)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and, if given, of the full log")
+    options = parser.parse_args(arguments)
+    if not options.budget_s > 0:
+        parser.error("--budget-s: expected more than 0 seconds")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     gpu = find_gpu()
     if gpu.reason:
         print(f"gpu-check: there is no NVIDIA GPU to check on here ({gpu.reason}).", file=sys.stderr)
         return 2
-    print(f"# {gpu.name}, driver {gpu.driver}", flush=True)
-    build()
-    outcome = run_tests()
-    print(f"# tests marked gpu: {outcome}")
-    if outcome.passed == 0:
-        print("# none ran: see the reasons above (a torch with CUDA, or CuPy, is needed)")
-    rows = time_all() if outcome.ok else []
-    print(f"wrote {write(gpu, outcome, rows).relative_to(ROOT)}")
-    return 0 if outcome.ok else 1
+    print(f"# {gpu.name}, capability {gpu.capability}, driver {gpu.driver}", flush=True)
+    log = (ROOT / "build" if options.out == RESULTS else options.out) / "gpu-check.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    check = Check(gpu, options.out, log, options.budget_s)
+    run_steps(check, options.only, STEPS)
+    path = write(check, describe(check))
+    print("\n".join(gpu_steps.table(check.results)))
+    print(f"wrote {path}; full output: {log}")
+    return exit_status(check.results)
 
 
 if __name__ == "__main__":

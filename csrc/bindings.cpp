@@ -4,9 +4,13 @@
 #include <pybind11/stl.h>
 
 #include "cpu/shm_builder.h"
+#include "cuda/p2p_call.h"
 #include "queue.h"
 #if defined(DPCOMM_WITH_CUDA)
-#include "cuda/loopback.h"
+#include "cuda/p2p_builder.h"
+#endif
+#if defined(DPCOMM_WITH_KERNELS)
+#include "cuda/passes.h"
 #endif
 
 namespace py = pybind11;
@@ -81,13 +85,52 @@ bool wait(Job& job, double timeout_s) {
   return done;
 }
 
-py::object exception(const Job& job) {
+py::object python_exception(const std::exception_ptr& error) {
   try {
-    if (job.error()) std::rethrow_exception(job.error());
+    if (error) std::rethrow_exception(error);
   } catch (const Error& e) {
     return python_error(e);
   }
   return py::none();
+}
+
+std::shared_ptr<Pending> enqueue(Queue& queue, const Addresses& addresses, Counts counts, int dtype, int op, int codec,
+                                 int algorithm, int bucket, uintptr_t stream) {
+  Call call = make_call(addresses, std::move(counts), dtype, op, codec, algorithm, bucket);
+  const py::gil_scoped_release no_gil;
+  return queue.enqueue(call, stream);
+}
+
+// Runs body(interrupted) without the GIL; what Ctrl-C raises wins.
+template <class Body>
+auto interruptible(Body body) {
+  Interrupt interrupt;
+  const auto raise = [&] {
+    if (interrupt.error) std::rethrow_exception(interrupt.error);
+  };
+  const auto without_gil = [&] {
+    const py::gil_scoped_release no_gil;
+    return body([&] { return interrupt.pending(); });
+  };
+  try {
+    if constexpr (std::is_void_v<decltype(without_gil())>) {
+      without_gil();
+      raise();
+    } else {
+      const auto result = without_gil();
+      raise();
+      return result;
+    }
+  } catch (const Error&) {
+    raise();
+    throw;
+  }
+}
+
+void run_on(Queue& queue, const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm,
+            int bucket, uintptr_t stream, double timeout_s) {
+  const auto pending = enqueue(queue, addresses, std::move(counts), dtype, op, codec, algorithm, bucket, stream);
+  interruptible([&](const auto& ask) { pending->join(stream, timeout_s, ask); });
 }
 
 py::dict stats(Queue& queue, bool reset) {
@@ -117,6 +160,12 @@ py::dict describe(Queue& queue) {
   d["pids"] = s.pids;
   d["sequence"] = s.sequence;
   d["rejected_connections"] = s.rejected_connections;
+  if (s.device < 0) return d;
+  d["device"] = s.device;
+  d["device_name"] = s.device_name;
+  d["max_ctas"] = s.max_ctas;
+  d["arena"] = s.arena;
+  d["peers"] = s.peers;
   return d;
 }
 
@@ -129,16 +178,39 @@ Bytes fixed_bytes(const std::string& text, const char* what) {
   return bytes;
 }
 
-std::vector<bool> probe(ShmBuilder& builder, const std::vector<std::string>& names) {
+template <class Builder>
+std::vector<bool> probe(Builder& builder, const std::vector<std::string>& names) {
   std::vector<Endpoint> endpoints;
   for (const std::string& name : names) endpoints.push_back(fixed_bytes<Endpoint>(name, "an endpoint"));
   const py::gil_scoped_release no_gil;
   return builder.probe(endpoints);
 }
 
-std::unique_ptr<Queue> finish(ShmBuilder& builder, double timeout_s, const std::string& name) {
+template <class Builder>
+std::unique_ptr<Queue> finish(Builder& builder, double timeout_s, const std::string& name) {
   const py::gil_scoped_release no_gil;
   return std::make_unique<Queue>(builder.finish(timeout_s, name));
+}
+
+// All but the constructor.
+template <class Builder>
+py::class_<Builder> add_builder(py::module_& m, const char* name) {
+  return py::class_<Builder>(m, name)
+      .def("endpoint",
+           [](const Builder& b) {
+             return py::bytes(reinterpret_cast<const char*>(b.endpoint().data()), b.endpoint().size());
+           })
+      .def("probe", &probe<Builder>, py::arg("endpoints"))
+      .def(
+          "bind",
+          [](Builder& b, const std::string& secret, double timeout_s) {
+            const Secret s = fixed_bytes<Secret>(secret, "the secret");
+            const py::gil_scoped_release no_gil;
+            b.bind(s, timeout_s);
+          },
+          py::arg("secret"), py::arg("timeout_s"))
+      .def("finish", &finish<Builder>, py::arg("timeout_s"), py::arg("name"))
+      .def("warnings", &Builder::warnings);
 }
 
 std::vector<std::unique_ptr<Queue>> local_group(int nranks, const Wish& wish, double timeout_s, const std::string& simd,
@@ -169,6 +241,7 @@ void add_constants(py::module_& m) {
   m.attr("LAYOUT") = kLayout;
   m.attr("MAX_RANKS") = kMaxRanks;
   m.attr("MAX_CHANNELS") = kMostChannels;
+  m.attr("MAX_CTAS") = kMostCtas;
   m.attr("DTYPES") =
       table({Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64});
   m.attr("OPS") = table({Op::sum, Op::mean, Op::min, Op::max});
@@ -201,43 +274,85 @@ void add_functions(py::module_& m) {
         py::arg("name"));
 }
 
-#if defined(DPCOMM_WITH_CUDA)
+#if defined(DPCOMM_WITH_KERNELS)
 template <class Enum>
-void add_enum(py::class_<LoopbackCall>& c, const char* name, Enum LoopbackCall::* member) {
+void add_enum(py::class_<PassCall>& c, const char* name, Enum PassCall::* member) {
   c.def_property(
-      name, [member](const LoopbackCall& call) { return int(call.*member); },
-      [member](LoopbackCall& call, int value) { call.*member = Enum(value); });
+      name, [member](const PassCall& call) { return int(call.*member); },
+      [member](PassCall& call, int value) { call.*member = Enum(value); });
+}
+
+void add_passes(py::module_& m) {
+  m.attr("PASSES") = table({PassKind::encode, PassKind::decode, PassKind::add, PassKind::reduce, PassKind::copy,
+                            PassKind::memcpy, PassKind::empty});
+  py::class_<PassCall> c(m, "CudaPass");
+  c.def(py::init<>())
+      .def_readwrite("counts", &PassCall::counts)
+      .def_readwrite("tensors", &PassCall::tensors)
+      .def_readwrite("messages", &PassCall::messages)
+      .def_readwrite("message_bytes", &PassCall::message_bytes)
+      .def_readwrite("slice_bytes", &PassCall::slice_bytes)
+      .def_readwrite("ctas", &PassCall::ctas)
+      .def_readwrite("repeats", &PassCall::repeats)
+      .def_readwrite("stream", &PassCall::stream);
+  add_enum(c, "kind", &PassCall::kind);
+  add_enum(c, "codec", &PassCall::codec);
+  add_enum(c, "dtype", &PassCall::dtype);
+  m.def("pass_message_bytes", &pass_message_bytes, py::arg("call"));
+  m.def("run_pass", &run_pass, py::arg("call"), py::call_guard<py::gil_scoped_release>());
+}
+#else
+void add_passes(py::module_&) {}
+#endif
+
+#if defined(DPCOMM_WITH_CUDA)
+std::vector<std::unique_ptr<Queue>> p2p_group(const std::vector<int>& devices, const P2pWish& wish, double timeout_s,
+                                              const std::string& name) {
+  const py::gil_scoped_release no_gil;
+  std::vector<std::unique_ptr<Queue>> group;
+  for (auto& engine : p2p_local(devices, wish, timeout_s, name))
+    group.push_back(std::make_unique<Queue>(std::move(engine)));
+  return group;
+}
+
+py::list devices() {
+  py::list all;
+  for (const DeviceInfo& info : cuda_devices()) {
+    py::dict d;
+    d["ordinal"] = info.ordinal;
+    d["name"] = info.name;
+    d["uuid"] = info.uuid;
+    d["pci_bus_id"] = info.pci_bus_id;
+    d["capability"] = info.capability;
+    d["sms"] = info.sms;
+    all.append(d);
+  }
+  return all;
 }
 
 void add_cuda(py::module_& m) {
-  py::class_<LoopbackCall> c(m, "LoopbackCall");
-  c.def(py::init<>())
-      .def_readwrite("addresses", &LoopbackCall::addresses)
-      .def_readwrite("counts", &LoopbackCall::counts)
-      .def_readwrite("timeout_s", &LoopbackCall::timeout_s)
-      .def_readwrite("slots", &LoopbackCall::slots)
-      .def_readwrite("slot_bytes", &LoopbackCall::slot_bytes)
-      .def_readwrite("first_message", &LoopbackCall::first_message)
-      .def_readwrite("calls", &LoopbackCall::calls)
-      .def_readwrite("absent_rank", &LoopbackCall::absent_rank)
-      .def_readwrite("disagreeing_rank", &LoopbackCall::disagreeing_rank);
-  add_enum(c, "dtype", &LoopbackCall::dtype);
-  add_enum(c, "op", &LoopbackCall::op);
-  add_enum(c, "codec", &LoopbackCall::codec);
-  add_enum(c, "algorithm", &LoopbackCall::algorithm);
   m.def("cuda_reason", &cuda_unusable_reason);
-  m.def(
-      "loopback_allreduce",
-      [](const LoopbackCall& call) {
-        const py::gil_scoped_release no_gil;
-        const LoopbackResult r = loopback_allreduce(call);
-        return std::make_pair(r.us, r.nonfinite_groups);
-      },
-      py::arg("call"));
+  m.def("cuda_devices", &devices);
+  m.def("cuda_device_of", &device_of, py::arg("address"));
+  py::class_<P2pWish>(m, "P2pWish")
+      .def(py::init([](int64_t arena_bytes, int max_ctas, int slots, int64_t slice_bytes, bool pinned) {
+             return P2pWish{arena_bytes, max_ctas, slots, slice_bytes, pinned};
+           }),
+           py::arg("arena_bytes"), py::arg("max_ctas") = 0, py::arg("slots") = 0, py::arg("slice_bytes") = 0,
+           py::arg("pinned") = false);
+  m.def("p2p_channels", &p2p_channels, py::arg("device"), py::arg("ranks_here"), py::arg("wish"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("p2p_local", &p2p_group, py::arg("devices"), py::arg("wish"), py::arg("timeout_s"), py::arg("name"));
+  auto builder = add_builder<P2pBuilder>(m, "P2pBuilder");
+  add_passes(m);
+  builder.def(py::init<int, int, int, const P2pWish&, int>(), py::arg("rank"), py::arg("nranks"), py::arg("device"),
+              py::arg("wish"), py::arg("channels"), py::call_guard<py::gil_scoped_release>());
 }
 #else
 void add_cuda(py::module_& m) {
+  add_passes(m);
   m.def("cuda_reason", [] { return "this build has no CUDA: there was no nvcc, or DPCOMM_CUDA=OFF"; });
+  m.def("cuda_devices", [] { return py::list(); });
 }
 #endif
 
@@ -245,7 +360,34 @@ void add_classes(py::module_& m) {
   py::class_<Job, std::shared_ptr<Job>>(m, "Job")
       .def("wait", &wait, py::arg("timeout_s"))
       .def("is_completed", &Job::done)
-      .def("exception", &exception);
+      .def("exception", [](const Job& job) { return python_exception(job.error()); });
+
+  py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending")
+      .def(
+          "join",
+          [](Pending& p, uintptr_t stream, double timeout_s) {
+            interruptible([&](const auto& ask) { p.join(stream, timeout_s, ask); });
+          },
+          py::arg("stream"), py::arg("timeout_s"))
+      .def(
+          "synchronize",
+          [](Pending& p, double timeout_s) {
+            return interruptible([&](const auto& ask) {
+              const bool in_time = p.synchronize(timeout_s, ask);
+              if (const auto error = p.error()) std::rethrow_exception(error);
+              return in_time;
+            });
+          },
+          py::arg("timeout_s"))
+      .def("is_completed", &Pending::done, py::call_guard<py::gil_scoped_release>())
+      .def("exception", [](Pending& p) {
+        std::exception_ptr error;
+        {
+          const py::gil_scoped_release no_gil;
+          error = p.error();
+        }
+        return python_exception(error);
+      });
 
   py::class_<Queue>(m, "Comm")
       .def_property_readonly("rank", [](Queue& q) { return q.engine().rank(); })
@@ -262,9 +404,17 @@ void add_classes(py::module_& m) {
           },
           py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"), py::arg("codec"),
           py::arg("algorithm"), py::arg("bucket"))
-      .def("check", [](Queue& q) { q.engine().check(); })
+      .def("run_on", &run_on, py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"),
+           py::arg("codec"), py::arg("algorithm"), py::arg("bucket"), py::arg("stream"), py::arg("timeout_s"))
+      .def("enqueue", &enqueue, py::arg("addresses"), py::arg("counts"), py::arg("dtype"), py::arg("op"),
+           py::arg("codec"), py::arg("algorithm"), py::arg("bucket"), py::arg("stream"), py::keep_alive<0, 1>())
+      .def_property_readonly("device", [](Queue& q) { return q.engine().device(); })
+      .def_property_readonly("stream", [](Queue& q) { return q.engine().stream(); })
       .def(
-          "abort", [](Queue& q, const std::string& reason) { q.engine().abort(reason); }, py::arg("reason"))
+          "check", [](Queue& q) { q.engine().check(); }, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "abort", [](Queue& q, const std::string& reason) { q.engine().abort(reason); }, py::arg("reason"),
+          py::call_guard<py::gil_scoped_release>())
       .def("close", &Queue::close, py::arg("grace_s"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", &Queue::closed)
       .def("stats", &stats, py::arg("reset"))
@@ -278,24 +428,9 @@ void add_classes(py::module_& m) {
            py::arg("arena_bytes"), py::arg("channels") = 1, py::arg("fewer_channels") = false,
            py::arg("crowded") = false, py::arg("slots") = 0, py::arg("slice_bytes") = 0);
 
-  py::class_<ShmBuilder>(m, "ShmBuilder")
+  add_builder<ShmBuilder>(m, "ShmBuilder")
       .def(py::init<int, int, const Wish&, const std::string&>(), py::arg("rank"), py::arg("nranks"), py::arg("wish"),
-           py::arg("simd"))
-      .def("endpoint",
-           [](const ShmBuilder& b) {
-             return py::bytes(reinterpret_cast<const char*>(b.endpoint().data()), b.endpoint().size());
-           })
-      .def("probe", &probe, py::arg("endpoints"))
-      .def(
-          "bind",
-          [](ShmBuilder& b, const std::string& secret, double timeout_s) {
-            const Secret s = fixed_bytes<Secret>(secret, "the secret");
-            const py::gil_scoped_release no_gil;
-            b.bind(s, timeout_s);
-          },
-          py::arg("secret"), py::arg("timeout_s"))
-      .def("finish", &finish, py::arg("timeout_s"), py::arg("name"))
-      .def("warnings", &ShmBuilder::warnings);
+           py::arg("simd"));
 }
 
 }  // namespace

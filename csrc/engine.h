@@ -1,11 +1,14 @@
 // What an engine promises. Read this first.
 //
 // An engine moves bytes between the ranks of one communicator; the core decides which bytes are right. The queue
-// (queue.h) calls one engine from one thread at a time, in the order of submission. Every rank makes the same calls in
-// the same order; an engine notices when they do not, before it writes user memory.
+// (queue.h) calls one engine from one thread at a time, in the order of submission. Engines of the CPU end a call
+// before they return (allreduce); engines of a device put it on the device's streams (enqueue). Every rank makes the
+// same calls in the same order; an engine notices when they do not, before it writes user memory.
 #pragma once
 #include <cstdint>
+#include <exception>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -43,6 +46,24 @@ struct Description {
   int slots = 0, channels = 1, rejected_connections = 0;
   uint64_t sequence = 0;
   std::vector<int> pids;
+  // Of a device:
+  int device = -1, max_ctas = 0;
+  std::string device_name, arena;  // arena: "device" or "pinned"
+  std::vector<std::string> peers;  // how each rank's memory is reached
+};
+
+// A call on a device's streams. Valid as long as its engine is.
+class Pending {
+ public:
+  virtual ~Pending() = default;
+  // Makes the stream wait for the call's end. The host waits only until all ranks of this process that share the device
+  // have entered the call, at most timeout_s; `interrupted` as in Call.
+  virtual void join(uintptr_t stream, double timeout_s, const std::function<bool()>& interrupted) = 0;
+  // The host waits for the call's end on the device; false when the time ran out first. Does not throw the call's
+  // error.
+  virtual bool synchronize(double timeout_s, const std::function<bool()>& interrupted) = 0;
+  virtual bool done() = 0;
+  virtual std::exception_ptr error() = 0;  // null while it runs
 };
 
 class Engine {
@@ -55,6 +76,11 @@ class Engine {
   // Returns with the same bytes on every rank, or throws; after a throw the communicator is poisoned on all ranks (but
   // for errors of a wrong argument) and user memory is not touched again. Never waits without a deadline.
   virtual void allreduce(const Call& call) = 0;
+  // The same on a device, behind the earlier work of the caller's stream; returns without waiting for the device. What
+  // fails there is thrown by a later call or by check().
+  virtual std::shared_ptr<Pending> enqueue(const Call& call, uintptr_t stream);
+  virtual int device() const { return -1; }       // -1: the CPU
+  virtual uintptr_t stream() const { return 0; }  // that calls run on
 
   // Poisons the communicator on all ranks; ends a call in flight within 100 ms. Any thread.
   virtual void abort(const std::string& reason) = 0;

@@ -29,7 +29,7 @@ struct Error : std::runtime_error {
   Code code;
   int rank = -1;                 // PEER_LOST: which peer
   std::vector<int> waiting_for;  // TIMEOUT: which ranks did not answer
-  int errnum = 0;                // RESOURCE: errno
+  int errnum = 0;                // RESOURCE: errno; CUDA: its own number
 };
 
 // "PEER_LOST": the word in "[dpcomm:PEER_LOST]".

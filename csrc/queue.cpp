@@ -62,8 +62,8 @@ void Queue::next_turn() {
   changed_.notify_all();
 }
 
-void Queue::run(const Call& call) {
-  if (in_forked_child()) return engine_->allreduce(call);  // throws ForkError
+template <class Body>
+auto Queue::in_turn(const Call& call, Body body) {
   uint64_t ticket;
   bool mine;
   {
@@ -76,7 +76,17 @@ void Queue::run(const Call& call) {
     Queue& queue;
     ~Turn() { queue.next_turn(); }
   } turn{*this};
-  engine_->allreduce(call);
+  return body();
+}
+
+void Queue::run(const Call& call) {
+  if (in_forked_child()) return engine_->allreduce(call);  // throws ForkError
+  in_turn(call, [&] { engine_->allreduce(call); });
+}
+
+std::shared_ptr<Pending> Queue::enqueue(const Call& call, uintptr_t stream) {
+  if (in_forked_child()) return engine_->enqueue(call, stream);  // throws ForkError
+  return in_turn(call, [&] { return engine_->enqueue(call, stream); });
 }
 
 std::shared_ptr<Job> Queue::submit(Call call) {

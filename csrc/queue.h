@@ -41,12 +41,16 @@ class Queue {
 
   void run(const Call& call);
   std::shared_ptr<Job> submit(Call call);
+  // For engines of a device: in the caller's thread, which does not wait for the device.
+  std::shared_ptr<Pending> enqueue(const Call& call, uintptr_t stream);
   // Refuses new calls, waits grace_s for those under way, then aborts them. Idempotent.
   void close(double grace_s);
   bool closed() const { return closing_.load(); }
   Engine& engine() { return *engine_; }
 
  private:
+  template <class Body>
+  auto in_turn(const Call& call, Body body);
   uint64_t take_ticket();
   void wait_turn(uint64_t ticket, const Call* call);
   void next_turn();

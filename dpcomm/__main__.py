@@ -14,7 +14,7 @@ def main() -> None:
         prog="python -m dpcomm", description="dpcomm: all-reduce for data-parallel training"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("info", help="versions, instruction sets and engines")
+    command = commands.add_parser("info", help="versions, instruction sets, engines and GPUs")
     command.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     facts = info()
@@ -28,6 +28,10 @@ def main() -> None:
     print("engines:")
     for name, engine in facts["engines"].items():
         print(f"  {name:<6} {'usable' if engine['usable'] else 'no':<7} {engine['reason']}")
+    for gpu in facts["devices"]:
+        print(
+            f"cuda:{gpu['ordinal']}  {gpu['name']}, sm {gpu['capability']}, {gpu['sms']} SMs, PCI {gpu['pci_bus_id']}"
+        )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ version: str
 cuda_built: bool
 cuda_version: str  # "13.0", or "" where the extension was built without CUDA
 LAYOUT: int  # version of wire and arena layout; ranks compare it before they share memory
-MAX_RANKS: int  # of the shm engine
+MAX_RANKS: int  # of one communicator
 MAX_CHANNELS: int  # threads a rank may move one tensor with
+MAX_CTAS: int  # of one rank on a GPU
 
 DTYPES: dict[str, int]  # "float32" "float64" "float16" "bfloat16" "int32" "int64"
 OPS: dict[str, int]  # "sum" "mean" "min" "max"
@@ -34,11 +35,31 @@ class Job:
     def exception(self) -> Exception | None:
         """The call's error, None if it succeeded or still runs."""
 
+class Pending:
+    """One call on a GPU's streams. Holds addresses only: the caller keeps the memory alive until it is done.
+
+    Only where cuda_built is true, as are P2pWish, P2pBuilder and the functions p2p_* and cuda_devices.
+    """
+
+    def join(self, stream: int, timeout_s: float) -> None:
+        """Makes the stream wait for the call's end.
+
+        The host waits only until all ranks of this process that share the GPU have entered the call, timeout_s at most
+        (CommTimeoutError). Releases the GIL.
+        """
+    def synchronize(self, timeout_s: float) -> bool:
+        """The host waits for the call's end; False when timeout_s ran out. Raises its error. Releases the GIL."""
+    def is_completed(self) -> bool: ...
+    def exception(self) -> Exception | None:
+        """The call's error, None if it succeeded or still runs."""
+
 class Comm:
     """A communicator's native half: an engine and the queue in front of it. Calls run in their order."""
 
     rank: int
     nranks: int
+    device: int  # CUDA ordinal of the GPU; -1 where data is on the CPU
+    stream: int  # that calls run on (cudaStream_t); 0 on the CPU
 
     def run(
         self, addresses: list[int], counts: list[int], dtype: int, op: int, codec: int, algorithm: int, bucket: int
@@ -50,7 +71,36 @@ class Comm:
     def submit(
         self, addresses: list[int], counts: list[int], dtype: int, op: int, codec: int, algorithm: int, bucket: int
     ) -> Job:
-        """The same on the communicator's own C++ thread."""
+        """The same on the communicator's own C++ thread. Like `run`, on a GPU's communicator an InternalError."""
+    def run_on(
+        self,
+        addresses: list[int],
+        counts: list[int],
+        dtype: int,
+        op: int,
+        codec: int,
+        algorithm: int,
+        bucket: int,
+        stream: int,
+        timeout_s: float,
+    ) -> None:
+        """As `run`, on a GPU: behind the stream's earlier work and before its later. Does not wait for the device.
+
+        stream: a cudaStream_t as an integer, 0 is the legacy default stream. timeout_s: see `Pending.join`. On a CPU's
+        communicator an InternalError.
+        """
+    def enqueue(
+        self,
+        addresses: list[int],
+        counts: list[int],
+        dtype: int,
+        op: int,
+        codec: int,
+        algorithm: int,
+        bucket: int,
+        stream: int,
+    ) -> Pending:
+        """As `run_on`, but later work of the stream does not wait for the call: see `Pending.join`."""
     def check(self) -> None:
         """Raises the first failure of the communicator, if there is one."""
     def abort(self, reason: str) -> None:
@@ -61,7 +111,10 @@ class Comm:
     def stats(self, reset: bool) -> dict[str, float]:
         """calls input_bytes wire_bytes put_s reduce_s get_s wait_s nonfinite_groups."""
     def describe(self) -> dict[str, object]:
-        """engine simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections."""
+        """engine simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections.
+
+        Of engine p2p also device device_name arena ("device" or "pinned") max_ctas peers (a text for each rank).
+        """
 
 class ShmWish:
     """What ranks ask the shm engine for; equal on all of them."""
@@ -101,26 +154,66 @@ def local_group(nranks: int, wish: ShmWish, timeout_s: float, simd: str, name: s
 def cuda_reason() -> str:
     """Why no CUDA device can be used here; "" where one can."""
 
-class LoopbackCall:
-    """What `loopback_allreduce` shall do. Only where cuda_built is true, as is that function."""
+def cuda_device_of(address: int) -> int:
+    """Ordinal of the GPU whose memory this is; -1 where the driver knows of none. Only where cuda_built is true."""
 
-    addresses: list[list[int]]  # [rank][segment] device memory, aligned to the dtype
-    counts: list[int]
-    dtype: int  # float32; with codec none also bfloat16, by algorithm direct
-    op: int
-    codec: int
-    algorithm: int  # direct (the default), oneshot or ring
-    timeout_s: float  # of one wait on the device
-    slots: int
-    slot_bytes: int
-    first_message: int  # where all message counters start, 0 ... 2^32 - 1
-    calls: int  # in a row, each on the result of the one before
-    absent_rank: int  # -1, or a rank that never comes
-    disagreeing_rank: int  # -1, or a rank that announces another bucket than the others
+def cuda_devices() -> list[dict[str, object]]:
+    """ordinal name uuid pci_bus_id capability ("9.0") sms of every GPU; [] where there is none."""
 
-def loopback_allreduce(call: LoopbackCall) -> tuple[float, int]:
-    """All-reduces in place between ranks that are CTAs of one cooperative launch; checks the core on one GPU.
+class P2pWish:
+    """What ranks ask the p2p engine for; equal on all of them."""
 
-    Returns:
-        Microseconds of one call by the device's clock, and the encoded groups that held a NaN or Inf.
+    def __init__(
+        self, arena_bytes: int, max_ctas: int = 0, slots: int = 0, slice_bytes: int = 0, pinned: bool = False
+    ) -> None:
+        """arena_bytes, max_ctas (of a rank): at most. slots, slice_bytes, max_ctas: 0 takes what performs best.
+        pinned: arenas in host memory instead of the GPUs' own. No bit depends on any.
+        """
+
+class P2pBuilder:
+    """Builds one rank of a p2p communicator in stages, as ShmBuilder does."""
+
+    def __init__(self, rank: int, nranks: int, device: int, wish: P2pWish, channels: int) -> None:
+        """Stage allocate. channels: CTAs a rank, equal on all ranks (the least of `p2p_channels`)."""
+    def endpoint(self) -> bytes:
+        """32 random bytes: the name this rank listens at."""
+    def probe(self, endpoints: list[bytes]) -> list[bool]:
+        """Stage probe: True for the ranks that answered, and for self and higher ranks."""
+    def bind(self, secret: bytes, timeout_s: float) -> None:
+        """Stage bind: handshakes, peers' memory mapped; P2PUnavailableError where a GPU does not reach another's."""
+    def warnings(self) -> list[str]:
+        """Connections that `bind` dropped and why; the first few of them."""
+    def finish(self, timeout_s: float, name: str) -> Comm:
+        """Stage verify, with the real kernels; P2PUnavailableError where data does not arrive. name: see ShmBuilder."""
+
+def p2p_channels(device: int, ranks_here: int, wish: P2pWish) -> int:
+    """Stage validate: how many CTAs a rank may use where ranks_here ranks of this process share the GPU.
+
+    Raises ArgumentError (no such GPU), SystemResourceError (too many CTAs are taken), VersionError (no kernel for it).
     """
+
+def p2p_local(devices: list[int], wish: P2pWish, timeout_s: float, name: str) -> list[Comm]:
+    """Ranks of this process, one for each ordinal, which may repeat; P2PUnavailableError as of P2pBuilder."""
+
+PASSES: dict[str, int]  # "encode" "decode" "add" "reduce" "copy" "memcpy" "empty"; only where kernels were built
+
+class CudaPass:
+    """One pass of a schedule alone, for benchmarks: csrc/cuda/passes.h says what each reads and writes."""
+
+    kind: int  # of PASSES
+    codec: int
+    dtype: int  # float32; encode and decode also bfloat16
+    counts: list[int]  # elements of each tensor
+    tensors: list[list[int]]  # [set][tensor] device memory; repetitions rotate through the sets
+    messages: list[list[int]]  # [set][message]
+    message_bytes: int  # of each message, at least pass_message_bytes()
+    slice_bytes: int  # that a CTA works on at a time, at most
+    ctas: int
+    repeats: int
+    stream: int  # a cudaStream_t; 0 is the default stream
+
+def pass_message_bytes(call: CudaPass) -> int:
+    """Bytes that a message of this pass takes."""
+
+def run_pass(call: CudaPass) -> float:
+    """Microseconds a repetition by the device's clock, after one untimed run over each set. Waits for the stream."""

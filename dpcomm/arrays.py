@@ -1,14 +1,15 @@
-"""Tensors and arrays become parts of a call: address, count, dtype. The only module that looks inside tensors.
+"""Tensors and arrays become parts of a call: address, count, dtype. Only this module and `cuda_arrays` look inside.
 
 What lies in CPU memory, contiguous, aligned and in native byte order is reduced where it is; all else is copied into a
-buffer and back. Knows nothing of ranks, codecs or calls.
+buffer and back. Knows nothing of ranks, codecs or calls. `cuda_arrays` builds on it for memory of GPUs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 
 from dpcomm.errors import ArgumentError, Error, UnsupportedError, bare_message
 
-Array: TypeAlias = Any  # torch.Tensor, numpy.ndarray, or an object with __dlpack__ that lies in CPU memory
+# torch.Tensor, numpy.ndarray, CuPy's, or an object with __dlpack__ or __cuda_array_interface__
+Array: TypeAlias = Any
+Plain: TypeAlias = "tuple[int, int, str]"  # address, count, name of the dtype
 Intervals: TypeAlias = "npt.NDArray[np.int64]"  # two rows: where each begins and where it ends
 
 NAMES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "complex64", "complex128")
@@ -29,7 +32,16 @@ ITEMSIZES = {name: dtype.itemsize for dtype, name in TORCH_NAMES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 STRIDED = torch.strided
 MAX_BYTES = 2**63 - 1
-CPU_ONLY = "the engines of this version serve CPU memory only"
+DLPACK_CPU, DLPACK_CUDA = 1, 2  # kDLCPU, kDLCUDA
+
+
+class Layout(NamedTuple):
+    """Where the elements of an array lie; strides are in bytes."""
+
+    address: int
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class Segment:
@@ -44,19 +56,12 @@ class Segment:
 
     __slots__ = ("_buffer", "_target", "address", "count", "dtype", "end", "itemsize", "shape", "start", "strides")
 
-    def __init__(self, target: torch.Tensor | npt.NDArray[Any], dtype: str) -> None:
+    def __init__(self, target: Array, dtype: str, layout: Layout) -> None:
         self.dtype = dtype
         self._target = target
-        self._buffer: torch.Tensor | npt.NDArray[Any] | None = None
-        self.shape = tuple(target.shape)
-        if isinstance(target, torch.Tensor):
-            self.itemsize = target.element_size()
-            self.strides = tuple(stride * self.itemsize for stride in target.stride())
-            self.address, self.count = _data_ptr(target), target.numel()
-        else:
-            self.itemsize = target.dtype.itemsize
-            self.strides = target.strides
-            self.address, self.count = int(target.__array_interface__["data"][0]), target.size
+        self._buffer: Array | None = None
+        self.address, self.itemsize, self.shape, self.strides = layout
+        self.count = math.prod(self.shape)
         if self.count * self.itemsize > MAX_BYTES:
             raise ArgumentError(f"allreduce: {self.count} elements of {dtype} are more bytes than can be addressed")
         steps = [(size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)]
@@ -64,13 +69,13 @@ class Segment:
         self.start = self.address + sum(step for step in steps if step < 0 and not empty)
         self.end = self.start if empty else self.start + sum(abs(step) for step in steps) + self.itemsize
 
-    def stage(self, buffer: torch.Tensor | npt.NDArray[Any]) -> None:
+    def stage(self, buffer: Array, address: int) -> None:
         """Lets the call work on a contiguous copy; `finish` copies the result back."""
-        self._buffer = buffer
-        if isinstance(buffer, torch.Tensor):
-            self.address = _data_ptr(buffer)
-        else:
-            self.address = int(buffer.__array_interface__["data"][0])
+        self._buffer, self.address = buffer, address
+
+    def memories(self) -> tuple[Array, Array | None]:
+        """The user's array, and the copy that the call works on, if there is one."""
+        return self._target, self._buffer
 
     def runs(self) -> Intervals:
         """The user's memory as stretches without gaps. For an array that does not overlap itself."""
@@ -86,11 +91,9 @@ class Segment:
         """Copies the result to where the user wants it."""
         buffer, self._buffer = self._buffer, None
         if isinstance(buffer, torch.Tensor):
-            assert isinstance(self._target, torch.Tensor)
             with torch.no_grad():
                 self._target.copy_(buffer)
         elif buffer is not None:
-            assert isinstance(self._target, np.ndarray)
             self._target[...] = buffer
 
 
@@ -119,7 +122,7 @@ class Parts(NamedTuple):
         return both
 
 
-def direct(x: Array) -> tuple[int, int, str] | None:
+def direct(x: Array) -> Plain | None:
     """Address, count and dtype name of the usual case, at the least cost; None where `segment` must look closer."""
     if type(x) in PLAIN:
         name = REAL_NAMES.get(x.dtype)
@@ -131,7 +134,7 @@ def direct(x: Array) -> tuple[int, int, str] | None:
             and not x.is_neg()
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
-            return _data_ptr(x), x.numel(), name
+            return data_ptr(x), x.numel(), name
     elif type(x) is np.ndarray:
         name = NUMPY_NAMES.get(x.dtype)
         if name is not None and x.flags.carray:  # C-contiguous, aligned, writeable
@@ -141,14 +144,21 @@ def direct(x: Array) -> tuple[int, int, str] | None:
 
 def parts(x: Array | Sequence[Array]) -> Parts:
     """Validates what a call was given, an array or a list of them; not whether any share memory (`check_overlap`)."""
+    return collect(x, direct, segment)
+
+
+def collect(
+    x: Array | Sequence[Array], plainly: Callable[[Array], Plain | None], closely: Callable[[Array], Segment]
+) -> Parts:
+    """The parts of a call: of each array what `plainly` says, or the segment that `closely` makes of it."""
     listed = isinstance(x, (list, tuple))
     addresses, counts, dtypes = [], [], []
     segments = {}
     kept = tuple(x) if listed else (x,)
     for place, item in enumerate(kept):
-        plain = direct(item)
+        plain = plainly(item)
         if plain is None:
-            made = segments[place] = _item(item, place) if listed else segment(item)
+            made = segments[place] = _item(closely, item, place) if listed else closely(item)
             plain = made.address, made.count, made.dtype
         addresses.append(plain[0])
         counts.append(plain[1])
@@ -164,31 +174,55 @@ def segment(x: Array) -> Segment:
         UnsupportedError: Sparse, meta, fake or a wrapper of other tensors.
     """
     if isinstance(x, torch.Tensor):
-        return _tensor_segment(x)
+        return tensor_segment(x, "cpu")
     if isinstance(x, np.ndarray):
         return _numpy_segment(x)
+    if hasattr(x, "__cuda_array_interface__") or speaks_dlpack(x):
+        place = device_of(x)
+        if place != "cpu":
+            raise elsewhere(place, "cpu")
+        return tensor_segment(from_dlpack(x), "cpu")
+    raise no_array(x)
+
+
+def device_of(x: Array) -> str:
+    """Where an array lies, as torch spells it: "cpu", "cuda:1"; "cuda" where the object does not say on which GPU.
+
+    Raises:
+        ArgumentError: Not an array.
+        UnsupportedError: Memory of another kind.
+    """
+    if isinstance(x, torch.Tensor):
+        return str(x.device)
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    if hasattr(x, "__dlpack_device__") and not isinstance(x, np.generic):
+        kind, ordinal = x.__dlpack_device__()
+        if int(kind) in (DLPACK_CPU, DLPACK_CUDA):
+            return "cpu" if int(kind) == DLPACK_CPU else f"cuda:{int(ordinal)}"
+        raise UnsupportedError(f"allreduce: {type(x).__name__} in memory of DLPack's device type {int(kind)}")
     if hasattr(x, "__cuda_array_interface__"):
-        raise UnsupportedError(f"allreduce: {type(x).__name__} in GPU memory: {CPU_ONLY}")
-    if hasattr(x, "__dlpack__") and not isinstance(x, np.generic):
-        return _dlpack_segment(x)
-    raise ArgumentError(f"allreduce: expected a tensor or a list of tensors, got {type(x).__name__}")
+        ordinal = getattr(getattr(x, "device", None), "id", None)
+        return f"cuda:{ordinal}" if isinstance(ordinal, int) else "cuda"
+    raise no_array(x)
 
 
-def check_overlap(lists: Sequence[Parts]) -> None:
-    """Raises ArgumentError where two arrays of all lists share memory (row-wise interleaved views do not)."""
-    extents = np.concatenate([one.extents() for one in lists], axis=1)
-    if _overlap(extents) is None:
-        return
-    segments = [one.segments.get(place) for one in lists for place in range(len(one.counts))]
-    runs = [extents[:, [i]] if made is None or not made.count else made.runs() for i, made in enumerate(segments)]
-    found = _overlap(np.concatenate(runs, axis=1))
-    if found is not None:
-        owners = np.repeat(np.arange(len(runs)), [one.shape[1] for one in runs])
-        first, second = sorted(owners[list(found)])
-        raise ArgumentError(
-            f"allreduce: tensors {first} and {second} overlap by {_shared_bytes(runs[first], runs[second])} bytes. "
-            "Pass each memory once."
-        )
+def speaks_dlpack(x: Array) -> bool:
+    """Whether memory can be shared through DLPack; NumPy's scalars have the methods, but are copies."""
+    return hasattr(x, "__dlpack__") and not isinstance(x, np.generic)
+
+
+def elsewhere(place: str, bound: str) -> ArgumentError:
+    """The error for an array that lies on another device than its communicator."""
+    return ArgumentError(
+        f"allreduce: tensor on {place} but communicator bound to {bound}. Move it with .to('{bound}'), or make a "
+        f"Communicator with device='{place}'."
+    )
+
+
+def no_array(x: object) -> ArgumentError:
+    """The error for what is no array."""
+    return ArgumentError(f"allreduce: expected a tensor or a list of tensors, got {type(x).__name__}")
 
 
 def is_whole_storage(x: torch.Tensor) -> bool:
@@ -198,22 +232,29 @@ def is_whole_storage(x: torch.Tensor) -> bool:
 
 def digest(x: Array) -> tuple[str, int]:
     """What a tensor is ("float32[3, 4]"), and 63 bits of a hash of its bytes."""
+    if hasattr(x, "__cuda_array_interface__"):
+        x = torch.as_tensor(x)
     tensor = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     size = tensor.numel() * tensor.element_size()
-    data = (ctypes.c_char * size).from_address(_data_ptr(tensor)) if size else b""
+    data = (ctypes.c_char * size).from_address(data_ptr(tensor)) if size else b""
     value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}", value
 
 
-def _item(x: Array, place: int) -> Segment:
+def _item(closely: Callable[[Array], Segment], x: Array, place: int) -> Segment:
     try:
-        return segment(x)
+        return closely(x)
     except Error as error:
         raise type(error)(f"{bare_message(error)} (item {place} of the list)") from None
 
 
-def _data_ptr(x: torch.Tensor) -> int:
+def data_ptr(x: torch.Tensor) -> int:
+    """A tensor's address.
+
+    Raises:
+        UnsupportedError: It has none, or its memory has been freed.
+    """
     try:
         address = x.data_ptr()
     except RuntimeError as error:  # functorch wrappers
@@ -228,24 +269,29 @@ def _array_address(x: npt.NDArray[Any]) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(x)) if x.size else 0  # type: ignore[arg-type]
 
 
-def _tensor_segment(x: torch.Tensor) -> Segment:
+def tensor_segment(x: torch.Tensor, bound: str, kind: type[Segment] = Segment) -> Segment:
+    """Validates one tensor that shall lie on the device `bound`, and makes its segment, of class `kind`."""
     if x.device.type == "meta" or isinstance(x, torch._subclasses.FakeTensor):
         raise UnsupportedError("allreduce: a meta or fake tensor holds no numbers. Pass a real one.")
     if x.layout is not torch.strided:
-        kind = str(x.layout).removeprefix("torch.").replace("_", " ")
-        raise UnsupportedError(f"allreduce: {kind} layout; call .to_dense() or use DDP's default path")
+        name = str(x.layout).removeprefix("torch.").replace("_", " ")
+        raise UnsupportedError(f"allreduce: {name} layout; call .to_dense() or use DDP's default path")
     if type(x) not in PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
         raise UnsupportedError(f"allreduce: {type(x).__name__} wraps other tensors; pass those (x.to_local())")
-    if x.device.type != "cpu":
-        raise UnsupportedError(f"allreduce: tensor on {x.device}: {CPU_ONLY}. Move it with .cpu().")
+    if str(x.device) != bound:
+        raise elsewhere(str(x.device), bound)
     if x.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("allreduce: dpcomm is not differentiable; use torch.no_grad() or .detach()")
     target = x.detach()
-    made = Segment(target, TORCH_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch.")))
+    itemsize = target.element_size()
+    strides = tuple(stride * itemsize for stride in target.stride())
+    layout = Layout(data_ptr(target), itemsize, tuple(target.shape), strides)
+    made = kind(target, TORCH_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch.")), layout)
     if target.is_contiguous() and not target.is_conj() and not target.is_neg():
         return made
-    _check_self_overlap(made)
-    made.stage(target.resolve_conj().resolve_neg().contiguous())
+    check_self_overlap(made)
+    buffer = target.resolve_conj().resolve_neg().contiguous()
+    made.stage(buffer, data_ptr(buffer))
     return made
 
 
@@ -255,27 +301,34 @@ def _numpy_segment(x: npt.NDArray[Any]) -> Segment:
     if not x.flags.writeable:
         raise ArgumentError("allreduce: the array is read-only and allreduce works in place. Pass a copy.")
     native = x.dtype.newbyteorder("=")
-    made = Segment(x, NUMPY_NAMES.get(native, native.name))
+    layout = Layout(int(x.__array_interface__["data"][0]), x.dtype.itemsize, x.shape, x.strides)
+    made = Segment(x, NUMPY_NAMES.get(native, native.name), layout)
     if x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative:
         return made
-    _check_self_overlap(made)
+    check_self_overlap(made)
     if native in NUMPY_NAMES:
-        made.stage(np.array(x, dtype=native, order="C", copy=True, subok=False))
+        buffer = np.array(x, dtype=native, order="C", copy=True, subok=False)
+        made.stage(buffer, int(buffer.__array_interface__["data"][0]))
     return made
 
 
-def _dlpack_segment(x: Array) -> Segment:
-    device_type = int(x.__dlpack_device__()[0])
-    if device_type != 1:  # kDLCPU
-        raise UnsupportedError(f"allreduce: {type(x).__name__} is not in CPU memory: {CPU_ONLY}")
+def from_dlpack(x: Array) -> torch.Tensor:
+    """A tensor over an object's memory; on a GPU, its earlier work is ordered before torch's current stream.
+
+    Raises:
+        ArgumentError: The object refuses.
+    """
     try:
-        return _tensor_segment(torch.utils.dlpack.from_dlpack(x))
+        return torch.utils.dlpack.from_dlpack(x)
     except (BufferError, TypeError) as error:
         raise ArgumentError(f"allreduce: {type(x).__name__} cannot be shared through DLPack: {error}") from None
 
 
-def _check_self_overlap(made: Segment) -> None:
-    """Each stride, smallest first, must step over all that the smaller ones reach."""
+def check_self_overlap(made: Segment) -> None:
+    """Raises ArgumentError where elements of one array share memory.
+
+    Each stride, smallest first, must step over all that the smaller ones reach.
+    """
     if made.count == 0:
         return
     reach = made.itemsize
@@ -287,23 +340,3 @@ def _check_self_overlap(made: Segment) -> None:
                 "Pass x.contiguous() or x.clone()."
             )
         reach += (made.shape[dim] - 1) * stride
-
-
-def _overlap(intervals: Intervals) -> tuple[int, int] | None:
-    """Two intervals that overlap, if any do."""
-    order = intervals[0].argsort(kind="stable")
-    starts, ends = intervals[:, order]
-    inside = starts[1:] < np.maximum.accumulate(ends)[:-1]
-    if not inside.any():
-        return None
-    later = int(inside.argmax()) + 1
-    return int(order[ends[:later].argmax()]), int(order[later])
-
-
-def _shared_bytes(a: Intervals, b: Intervals) -> int:
-    """How many bytes two arrays share, of which neither overlaps itself."""
-    both = np.concatenate([a, b], axis=1)
-    starts, ends = both[:, both[0].argsort()]
-    reach = np.maximum.accumulate(ends)
-    covered = reach[0] - starts[0] + (reach[1:] - np.maximum(starts[1:], reach[:-1])).sum()
-    return int((both[1] - both[0]).sum() - covered)

@@ -1,11 +1,13 @@
 """Builds a communicator's native half jointly: every stage succeeds on all ranks, or all raise the same error.
 
 hello      who is where, and wants what          (rendezvous.Rendezvous.meet)
-validate   arguments were accepted everywhere
+validate   arguments were accepted everywhere    payload of engine p2p: how many CTAs this rank may use, two bytes
 allocate   arena and listening socket exist      payload: endpoint; of rank 0 also the session secret
 probe      which ranks reach which               payload: one bit a rank
 bind       arenas are exchanged and mapped
 verify     first calls went through
+
+Where GPUs do not reach each other's memory, the last four come once more, as "allocate-pinned" and so on.
 """
 
 from __future__ import annotations
@@ -13,20 +15,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from dpcomm import _native, environment, processors
-from dpcomm.errors import ArgumentError, Error, UnsupportedError
+from dpcomm.errors import ArgumentError, Error, P2PUnavailableError, UnsupportedError, bare_message
 from dpcomm.options import Options
 from dpcomm.records import Hello, bitmap, ranks_in
-from dpcomm.rendezvous import Rendezvous, Site, hello_of
+from dpcomm.rendezvous import PINNED, Rendezvous, Site, hello_of
 
 logger = logging.getLogger("dpcomm")
 
 ENDPOINT_BYTES = SECRET_BYTES = 32
+CHANNELS_BYTES = 2
 
 
 def locate(group: Any, rank: int | None, nranks: int | None, store: Any) -> Site:
@@ -90,68 +94,139 @@ def build(site: Site, options: Options | Error) -> tuple[_native.Comm, int]:
     meeting = Rendezvous(site, accepted.timeout_s if accepted else environment.DEFAULT_TIMEOUT_S)
     try:
         meeting.meet(hello_of(site, accepted))
-        meeting.stage("validate", lambda: _validate(site, options))
+        payloads = meeting.stage("validate", lambda: _validate(meeting, options))
         assert accepted is not None  # else `validate` has raised
-        return _build_shm(meeting, accepted), meeting.number
+        if accepted.serving == "shm":
+            return _build_shm(meeting, accepted), meeting.number
+        channels = min(int.from_bytes(payload, "little") for payload in payloads)
+        return _build_p2p(meeting, accepted, channels), meeting.number
     except BaseException as cause:
         meeting.give_up(cause)
         raise
 
 
-def _validate(site: Site, options: Options | Error) -> bytes:
+def _validate(meeting: Rendezvous, options: Options | Error) -> bytes:
     if isinstance(options, Error):
         raise options
-    if site.nranks > _native.MAX_RANKS:
-        raise UnsupportedError(f"shm engine supports at most {_native.MAX_RANKS} ranks, got {site.nranks}")
-    return b""
+    if meeting.nranks > _native.MAX_RANKS:
+        raise UnsupportedError(
+            f"{options.serving} engine supports at most {_native.MAX_RANKS} ranks, got {meeting.nranks}"
+        )
+    if options.serving == "shm":
+        return b""
+    places = [(hello.boot_id, hello.pid_namespace, hello.pid, hello.ordinal) for hello in meeting.hellos]
+    ranks_here = places.count(places[meeting.rank])
+    channels = _native.p2p_channels(options.device, ranks_here, p2p_wish(options, options.arena == "pinned"))
+    return channels.to_bytes(CHANNELS_BYTES, "little")
+
+
+def p2p_wish(options: Options, pinned: bool) -> _native.P2pWish:
+    """What to ask the p2p engine for."""
+    return _native.P2pWish(options.arena_bytes, max_ctas=options.max_ctas, pinned=pinned)
 
 
 def _build_shm(meeting: Rendezvous, options: Options) -> _native.Comm:
-    rank, nranks = meeting.rank, meeting.nranks
-    built: dict[str, Any] = {}
+    def begin() -> _native.ShmBuilder:
+        own = processors.share([(hello.processors, hello.processor_set) for hello in meeting.hellos])
+        return _native.ShmBuilder(meeting.rank, meeting.nranks, processors.shm_wish(options, own), options.simd)
+
+    comm = _build(meeting, options, begin)
+    channels = comm.describe()["channels"]
+    if isinstance(channels, int) and channels < options.channels:
+        logger.warning(
+            "rank %d: %d channels instead of %d: DPCOMM_ARENA_MB holds no more",
+            meeting.rank,
+            channels,
+            options.channels,
+        )
+    return comm
+
+
+def _build_p2p(meeting: Rendezvous, options: Options, channels: int) -> _native.Comm:
+    """With arenas in device memory; where that does not work, and may be otherwise, in pinned host memory."""
+
+    def begin(pinned: bool) -> _native.P2pBuilder:
+        wish = p2p_wish(options, pinned)
+        return _native.P2pBuilder(meeting.rank, meeting.nranks, options.device, wish, channels)
+
+    if options.arena != "pinned":
+        try:
+            return _build(meeting, options, lambda: begin(pinned=False))
+        except P2PUnavailableError as error:
+            if options.arena == "device":
+                raise
+            if meeting.rank == 0:
+                gpus = ", ".join(f"rank {h.rank} on {h.hostname} cuda:{h.ordinal}" for h in meeting.hellos)
+                warn_pinned(f"communicator #{meeting.number}", error, gpus)
+        # Outside of the handler: the exception's frames would keep the first round's arena.
+        meeting.begin_round(PINNED)
+        return _build(meeting, options, lambda: begin(pinned=True), PINNED)
+    return _build(meeting, options, lambda: begin(pinned=True))
+
+
+def warn_pinned(who: str, error: P2PUnavailableError, gpus: str) -> None:
+    """The one line that says that GPUs exchange through host memory, and why."""
+    logger.warning(
+        "%s: peer-to-peer memory does not work (%s) between %s. ACS/IOMMU? Pinned host memory is used instead, "
+        "which is slower; DPCOMM_P2P_ARENA=pinned chooses it without trying, =device makes this an error.",
+        who,
+        bare_message(error),
+        gpus,
+    )
+
+
+class Builder(Protocol):
+    """One rank under construction: what the engines' builders have in common."""
+
+    def endpoint(self) -> bytes: ...
+    def probe(self, endpoints: list[bytes]) -> list[bool]: ...
+    def bind(self, secret: bytes, timeout_s: float) -> None: ...
+    def warnings(self) -> list[str]: ...
+    def finish(self, timeout_s: float, name: str) -> _native.Comm: ...
+
+
+def _build(meeting: Rendezvous, options: Options, begin: Callable[[], Builder], suffix: str = "") -> _native.Comm:
+    """The stages from `allocate` to `verify`; `begin` makes this rank's builder. `suffix`: of the stages' names."""
+    rank = meeting.rank
+    # What tracebacks of a failed round hold on to are these lists; they are emptied, so that its arena goes at once.
+    builders: list[Builder] = []
+    comms: list[_native.Comm] = []
 
     def allocate() -> bytes:
-        own = processors.share([(hello.processors, hello.processor_set) for hello in meeting.hellos])
-        built["shm"] = _native.ShmBuilder(rank, nranks, processors.shm_wish(options, own), options.simd)
-        return bytes(built["shm"].endpoint()) + (secrets.token_bytes(SECRET_BYTES) if rank == 0 else b"")
-
-    payloads = meeting.stage("allocate", allocate)
-    builder: _native.ShmBuilder = built["shm"]
-    endpoints = [payload[:ENDPOINT_BYTES] for payload in payloads]
-    secret = payloads[0][ENDPOINT_BYTES:]
-
-    reached = meeting.stage("probe", lambda: bitmap(builder.probe(endpoints)))
-    _check_reach([set(ranks_in(payload)) for payload in reached], meeting.hellos)
+        builders.append(begin())
+        return bytes(builders[0].endpoint()) + (secrets.token_bytes(SECRET_BYTES) if rank == 0 else b"")
 
     def bind() -> bytes:
         try:
-            builder.bind(secret, meeting.remaining_s())
+            builders[0].bind(secret, meeting.remaining_s())
         finally:
-            for text in builder.warnings():
+            for text in builders[0].warnings():
                 logger.warning("rank %d: %s", rank, text)
         return b""
 
     def verify() -> bytes:
-        built["comm"] = builder.finish(options.timeout_s, hashlib.sha256(secret).hexdigest()[:4])
-        channels = built["comm"].describe()["channels"]
-        if channels < options.channels:
-            logger.warning(
-                "rank %d: %d channels instead of %d: DPCOMM_ARENA_MB holds no more", rank, channels, options.channels
-            )
+        comms.append(builders[0].finish(options.timeout_s, hashlib.sha256(secret).hexdigest()[:4]))
         return b""
 
-    meeting.stage("bind", bind)
     try:
-        meeting.stage("verify", verify)
+        payloads = meeting.stage("allocate" + suffix, allocate)
+        endpoints = [payload[:ENDPOINT_BYTES] for payload in payloads]
+        secret = payloads[0][ENDPOINT_BYTES:]
+        reached = meeting.stage("probe" + suffix, lambda: bitmap(builders[0].probe(endpoints)))
+        _check_reach(options.serving, [set(ranks_in(payload)) for payload in reached], meeting.hellos)
+        meeting.stage("bind" + suffix, bind)
+        meeting.stage("verify" + suffix, verify)
+        return comms[0]
     except BaseException:
-        if "comm" in built:
-            built["comm"].close(0.0)
+        for comm in comms:
+            comm.close(0.0)
+        comms.clear()
         raise
-    comm: _native.Comm = built["comm"]
-    return comm
+    finally:
+        builders.clear()
 
 
-def _check_reach(reached: list[set[int]], hellos: list[Hello]) -> None:
+def _check_reach(engine: str, reached: list[set[int]], hellos: list[Hello]) -> None:
     """Raises, on all ranks alike, where some pair cannot share memory."""
     every = set(range(len(reached)))
     broken = [(rank, min(every - seen)) for rank, seen in enumerate(reached) if every - seen]
@@ -165,6 +240,6 @@ def _check_reach(reached: list[set[int]], hellos: list[Hello]) -> None:
         for (hostname, _, namespace), ranks in places.items()
     )
     raise UnsupportedError(
-        f"engine shm joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach rank "
-        f"{broken[0][1]}: {where}. This version has no engine between hosts; use stock DDP there."
+        f"engine {engine} joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach "
+        f"rank {broken[0][1]}: {where}. This version has no engine between hosts; use stock DDP there."
     )

@@ -1,6 +1,6 @@
 """`Communicator`: validates once, at the edge, and calls the engine.
 
-What a tensor is lies in `arrays`, how ranks meet in `bootstrap`.
+What a tensor is lies in `arrays`, how ranks meet in `bootstrap`, how calls are issued in `calls` and `cuda_calls`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections import deque
 from typing import Any, NoReturn
 
 import torch
@@ -17,8 +16,10 @@ from torch._C._distributed_c10d import Store
 
 from dpcomm import _native, arrays, bootstrap
 from dpcomm import options as opt
-from dpcomm.buckets import Bucket, pack
+from dpcomm.calls import Calls, CpuCalls
+from dpcomm.cuda_calls import CudaCalls
 from dpcomm.errors import ArgumentError, Error, InternalError
+from dpcomm.overlap import check_overlap
 from dpcomm.work import Work
 
 CLOSE_GRACE_S = 5.0
@@ -37,16 +38,19 @@ class Communicator:
         group: The process group; None with no rank, nranks and store is the default group.
         rank, nranks, store: Instead of a group: this rank, how many there are, and a torch.distributed.Store that all
             reach. nranks=1 needs no store.
-        device: None or "cpu".
+        device: Where all arrays lie: None or "cpu"; or a GPU, as torch.device, "cuda", "cuda:1" or its ordinal. Calls
+            on a GPU are ordered as torch's own work is: behind what the current stream has, before what it gets.
         codec: What travels, "none" or "fp16"; calls may choose another.
-        engine: "auto" or "shm".
+        engine: "auto", "shm" (on CPU) or "p2p" (on GPUs; without a device, the current one).
         algorithm: "auto", "direct", "oneshot" or "ring"; calls may choose another.
         timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
             first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.
         bucket_cap_mb: Size in MiB up to which the tensors of a list are reduced together.
+        max_ctas: On a GPU, how many CTAs a call may take at most; None takes as many as perform best.
 
     Raises:
         ArgumentError, UnsupportedError: Arguments that cannot work, on any rank.
+        P2PUnavailableError: GPUs do not reach each other's memory, and DPCOMM_P2P_ARENA=device.
         MismatchError, VersionError: Ranks that want or are different things.
         CommTimeoutError, PeerLostError: Ranks that did not come, or ended.
         SystemResourceError: No memory, descriptors or permission.
@@ -59,18 +63,19 @@ class Communicator:
         rank: int | None = None,
         nranks: int | None = None,
         store: Store | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         codec: str = "none",
         engine: str = "auto",
         algorithm: str = "auto",
         timeout_s: float = 300.0,
         bucket_cap_mb: float = 25.0,
+        max_ctas: int | None = None,
     ) -> None:
         self._finalizer: weakref.finalize[Any, Any] | None = None
         site = bootstrap.locate(group, rank, nranks, store)
         options: opt.Options | Error
         try:
-            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, device)
+            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, device, max_ctas)
         except Error as error:
             options = error  # told to all ranks before it is raised
         native = None
@@ -90,13 +95,20 @@ class Communicator:
     def _set_up(self, native: _native.Comm | None, rank: int, nranks: int, options: opt.Options) -> None:
         self.rank, self.nranks = rank, nranks
         self.codec, self.algorithm, self.timeout_s = options.codec, options.algorithm, options.timeout_s
-        self.engine = "shm" if native is not None else "none"
+        self.device = torch.device(options.device_name)
+        self.engine = options.serving if native is not None else "none"
         self._options = options
+        cap_bytes = options.bucket_cap_mb * 2**20
+        self._calls: Calls
+        if options.device == opt.CPU:
+            self._calls = CpuCalls(native, cap_bytes)
+        else:
+            self._calls = CudaCalls(native, options.device, cap_bytes, options.timeout_s)
         self._requests: dict[tuple[type, object, object, object], opt.Request] = {}
-        self._pending: deque[Work] = deque()
         self._closed = False
         self._built = native  # None where there is one rank only
         self._native = native  # None also once closed
+        self._native_of_cpu = native if options.device == opt.CPU else None  # the same, for the shortest way
         self._finalizer = None
         if native is not None:
             # Runs when the last reference goes, or at exit.
@@ -135,7 +147,7 @@ class Communicator:
             request = self._requests[type(op), op, codec, algorithm]
         except (KeyError, TypeError):
             request = self._request(op, codec, algorithm)
-        native = self._native
+        native = self._native_of_cpu
         if native is not None and not async_op:
             plain = arrays.direct(x)
             if plain is not None:
@@ -149,15 +161,11 @@ class Communicator:
 
     def describe(self) -> dict[str, Any]:
         """What this communicator is: engine and why, which algorithm and bit class at which size, versions, arena."""
-        if self._built is None:
-            why = "one rank: nothing to move"
-        else:
-            why = "asked for" if self._options.engine != "auto" else "all ranks share one host and their data is on CPU"
         native = self._built.describe() if self._built is not None else {"arena_bytes": 0}
         return {
             **native,
             "engine": self.engine,
-            "why": why,
+            "why": self._why(),
             "rank": self.rank,
             "nranks": self.nranks,
             "codec": self.codec,
@@ -205,65 +213,52 @@ class Communicator:
         return made
 
     def _allreduce_any(self, x: Any, request: opt.Request, async_op: bool) -> Any:
-        """Lists, arrays that need copies, asynchronous calls, and one rank."""
-        parts = self._prepare(x, request)
+        """Lists, arrays that need copies, asynchronous calls, one rank, and GPUs."""
+        self._refuse_closed()
         if async_op:
-            return self._submit(parts, request)
-        if self._native is not None:
-            for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
-                self._native.run(*_arguments(bucket, request))
-            for segment in parts.segments.values():
-                segment.finish()
+            return self._submit(self._prepare(x, request), request)
+        if not self._calls.run_plainly(x, request):
+            self._calls.run(self._prepare(x, request), request)
         return x
 
     def _prepare(self, x: Any, request: opt.Request) -> arrays.Parts:
         """Validates x against the request; nothing is sent."""
         self._refuse_closed()
-        parts = arrays.parts(x)
+        parts = self._calls.parts(x)
         for dtype in dict.fromkeys(parts.dtypes):
             if dtype not in request.dtypes:
                 raise opt.refuse_dtype(dtype, request)
         if len(parts.dtypes) > 1:
-            arrays.check_overlap([parts])
+            check_overlap([parts])
         return parts
 
     def _submit(self, parts: arrays.Parts, request: opt.Request) -> Work:
-        """Queues what `_prepare` accepted."""
-        self._release_completed()
-        work = Work(list(parts.segments.values()), (self, parts.kept))
-        native = self._native
-        if native is not None:
-            self._pending.append(work)  # before the first job: the arrays must live even if a later submit raises
-            for bucket in pack(parts, self._options.bucket_cap_mb * 2**20):
-                work._add(native.submit(*_arguments(bucket, request)))
-        return work
+        """Starts what `_prepare` accepted."""
+        return self._calls.submit(parts, request, self)
 
     def _submit_bucket(self, x: torch.Tensor, request: opt.Request, bucket: int) -> _native.Job | None:
-        """Queues one DDP bucket, which must need no copy; the caller keeps x alive. None where there is one rank."""
+        """Queues one DDP bucket on CPU: see `CpuCalls.submit_bucket`."""
         self._refuse_closed()
-        plain = arrays.direct(x)
-        if plain is None:
-            raise InternalError(
-                f"DDP bucket {bucket} is not contiguous memory on CPU: {x.device}, strides {x.stride()}"
-            )
-        if self._native is None:
-            return None
-        address, count, dtype = plain
-        native_dtype, width = request.dtypes[dtype]
-        return self._native.submit(
-            [address], [count * width], native_dtype, request.op, request.codec, request.algorithm, bucket
-        )
+        if not isinstance(self._calls, CpuCalls):
+            raise InternalError(f"a bucket on CPU for a communicator on {self.device}")
+        return self._calls.submit_bucket(x, request, bucket)
+
+    def _enqueue_bucket(self, x: torch.Tensor, request: opt.Request, bucket: int) -> torch.cuda.Stream | None:
+        """Starts one DDP bucket on a GPU: see `CudaCalls.enqueue_bucket`."""
+        self._refuse_closed()
+        if not isinstance(self._calls, CudaCalls):
+            raise InternalError("a bucket on a GPU for a communicator on CPU")
+        return self._calls.enqueue_bucket(x, request, bucket)
+
+    def _settle(self, timeout_s: float) -> None:
+        """On a GPU, the host waits for what is under way, timeout_s at most; raises the first error of it."""
+        if isinstance(self._calls, CudaCalls):
+            self._calls.settle(timeout_s)
 
     def _abort(self, reason: str) -> None:
         """Poisons the communicator on all ranks."""
         if self._native is not None:
             self._native.abort(reason)
-
-    def _release_completed(self) -> None:
-        """Lets go of the arrays of calls that have ended; calls end in the order of their submission."""
-        with contextlib.suppress(IndexError):  # another thread may empty the queue meanwhile
-            while self._pending[0].is_completed():
-                self._pending.popleft()
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -273,12 +268,21 @@ class Communicator:
         if self._closed:
             return
         self._closed = True
-        native, self._native = self._native, None
+        native, self._native, self._native_of_cpu = self._native, None, None
         if self._finalizer is not None:
             self._finalizer.detach()
         if native is not None:
             native.close(grace_s)
-        self._release_completed()
+        self._calls.release()
+
+    def _why(self) -> str:
+        """Why this engine."""
+        if self._built is None:
+            return "one rank: nothing to move"
+        if self._options.engine != "auto":
+            return "asked for"
+        where = "on CPU" if self._options.device == opt.CPU else "on CUDA devices"
+        return f"all ranks share one host and their data is {where}"
 
     def _bit_classes(self) -> list[dict[str, object]]:
         """From which number of float32 elements on which algorithm, and so which bits."""
@@ -293,12 +297,6 @@ class Communicator:
                 bit_class = "ring" if name == "ring" else "rank_order"
                 table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
-
-
-def _arguments(bucket: Bucket, request: opt.Request) -> tuple[list[int], list[int], int, int, int, int, int]:
-    native_dtype, width = request.dtypes[bucket.dtype]
-    counts = bucket.counts if width == 1 else [count * width for count in bucket.counts]
-    return bucket.addresses, counts, native_dtype, request.op, request.codec, request.algorithm, -1
 
 
 def _close_native(native: _native.Comm, pid: int) -> None:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, in a way that mypy follows
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
-from dpcomm import arrays
+from dpcomm import arrays, ddp_cuda, ddp_model
 from dpcomm import options as opt
 from dpcomm.communicator import EXIT_GRACE_S, Communicator
 from dpcomm.completer import Completer
@@ -51,6 +52,7 @@ class HookState:
         self.comm: Communicator | None = None
         self._codec, self._keywords, self._group = codec, keywords, group
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._forward_check: RemovableHandle | None = None  # of models on a GPU
         self._completer = Completer()
         self._said: set[str] = set()
         self._complex = True  # whether the model may have complex parameters
@@ -75,14 +77,17 @@ class HookState:
 
     def close(self) -> None:
         """Ends the communicator and the thread; local and idempotent. Later steps fail with ArgumentError."""
+        if self._forward_check is not None:
+            self._forward_check.remove()
         if self.comm is not None:
+            self._warn_of_failure(self.comm)
             self.comm.close()
         self._completer.close(DRAIN_S)
         if self._finalizer is not None:
             self._finalizer.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        local = ("rank", "nranks", "store")
+        local = ("rank", "nranks", "store", "device")
         return {"codec": self._codec, "keywords": {k: v for k, v in self._keywords.items() if k not in local}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +114,8 @@ class HookState:
             return self._start_dense(comm, request, buffer, bucket.index())
         dtype = str(buffer.dtype).removeprefix("torch.")
         with record_function(f"dpcomm::allreduce bucket {bucket.index()} {buffer.numel()} {dtype}") as span:
+            if comm.device.type == "cuda":  # the range of the launch; the profiler sees the kernel itself
+                return self._start_dense(comm, request, buffer, bucket.index())
             # The range ends when the future completes, on whichever thread that is.
             future = self._start_dense(comm, request, buffer, bucket.index())
             profiled: torch.futures.Future[torch.Tensor] = span._call_end_callbacks_on_future(future)
@@ -117,6 +124,9 @@ class HookState:
     def _start_dense(
         self, comm: Communicator, request: opt.Request, buffer: torch.Tensor, index: int
     ) -> torch.futures.Future[torch.Tensor]:
+        if comm.device.type == "cuda":
+            comm.check()  # what failed on the device since the last bucket; later buckets would only hide it
+            return ddp_cuda.start(comm, request, buffer, index)
         job = comm._submit_bucket(buffer, request, index)
         if job is None:  # one rank: the mean is the bucket itself
             done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
@@ -185,6 +195,26 @@ class HookState:
             self.comm._abort(f"the hook failed on rank {self.comm.rank}: {error}")
         return self._completer.future(None, error, None)
 
+    def _check_for(self, module: torch.nn.Module) -> None:
+        """Before the forward of `module`: raises what has failed on the device, if it is this state's model."""
+        if self._ddp is None or self._ddp() is not module or self.comm is None:
+            return
+        try:
+            self.comm.check()
+        except Error as error:
+            self._completer.last_error = self._completer.last_error or error
+            raise
+
+    def _warn_of_failure(self, comm: Communicator) -> None:
+        """On a GPU: says what no step has raised, since there will be none."""
+        if comm.closed or comm.device.type != "cuda" or self.last_error is not None:
+            return
+        try:
+            comm._settle(EXIT_GRACE_S)
+            comm.check()
+        except Error as error:
+            logger.warning("closing the DDP hook: the last step had failed, and nothing has raised it: %s", error)
+
     def _renew(self) -> None:
         """Ends the communicator, waits until nothing touches a bucket, makes a new one; collective."""
         self._live_comm().close()
@@ -216,8 +246,11 @@ def register_ddp_hook(
 ) -> HookState:
     """Lets dpcomm average a DDP model's gradients; collective over the model's group.
 
+    On a GPU a step may fail on the device after its backward has returned. The error is raised by what comes next: the
+    model's forward, the hook of the next bucket, or `close`, which logs it.
+
     Args:
-        ddp: The model, before its first backward.
+        ddp: The model, before its first backward; its parameters all on CPU or all on one GPU.
         process_group: None is the model's own group; another must have the same ranks.
         keywords: Arguments of `HookState`, such as codec="none".
 
@@ -227,13 +260,15 @@ def register_ddp_hook(
     Raises:
         ArgumentError, UnsupportedError: The model cannot take the hook; says why, and what to do.
     """
-    _check_model(ddp)
+    device = ddp_model.check(ddp, _is_copy)
     group = ddp.process_group if process_group is None else process_group
     ours, theirs = dist.get_process_group_ranks(ddp.process_group), dist.get_process_group_ranks(group)
     if ours != theirs:
         raise ArgumentError(
             f"register_ddp_hook: ddp uses ranks {ours}, communicator {theirs}. Leave process_group out."
         )
+    if device.type == "cuda":
+        keywords.setdefault("device", device)
     state = HookState(group, **keywords)
     state._ddp = weakref.ref(ddp)
     state._complex = any(parameter.is_complex() for parameter in ddp.parameters())
@@ -242,6 +277,8 @@ def register_ddp_hook(
     except (RuntimeError, ValueError, TypeError) as error:
         state.close()
         raise ArgumentError(f"register_ddp_hook: DDP refused the hook: {error}") from error
+    if device.type == "cuda":
+        state._forward_check = ddp.register_forward_pre_hook(ddp_cuda.ForwardCheck(state))
     return state
 
 
@@ -265,32 +302,6 @@ def recover(ddp: DistributedDataParallel) -> None:
     ddp._update_process_group(ddp.process_group)  # type: ignore[no-untyped-call]
     for parameter in ddp.parameters():
         parameter.grad = None
-
-
-def _check_model(ddp: object) -> None:
-    """Raises where the hook cannot be registered, before anything collective begins."""
-    where = "register_ddp_hook: "
-    if not isinstance(ddp, DistributedDataParallel):
-        kind = type(ddp).__name__
-        if "FSDP" in kind or "FullyShardedDataParallel" in kind:
-            raise ArgumentError(f"{where}{kind} shards gradients; the hook serves DistributedDataParallel only")
-        if kind == "OptimizedModule":
-            raise ArgumentError(f"{where}register on the DDP model before torch.compile(ddp)")
-        raise ArgumentError(f"{where}expected a DistributedDataParallel model, got {kind}. Wrap it in DDP first.")
-    # A copy of a hooked model has the list of hooks, with a copied state, but no hook.
-    ddp._comm_hooks = [(hook, state) for hook, state in ddp._comm_hooks if not _is_copy(state)]
-    if ddp._comm_hooks:
-        name = getattr(ddp._comm_hooks[0][0], "__qualname__", "?")
-        raise ArgumentError(f"{where}the model has a communication hook already ({name}); DDP takes one. Wrap it anew.")
-    if ddp.mixed_precision is not None:
-        raise ArgumentError(f"{where}DDP's native mixed precision brings hooks of its own. Use torch.autocast instead.")
-    if ddp._use_python_reducer:
-        raise UnsupportedError(f"{where}torch._dynamo.config.optimize_ddp='python_reducer' bypasses bucket hooks")
-    for name, parameter in ddp.named_parameters():
-        if parameter.device.type != "cpu":
-            raise UnsupportedError(
-                f"{where}{name} is on {parameter.device}: this version's engines serve CPU memory only"
-            )
 
 
 def _is_copy(state: object) -> bool:

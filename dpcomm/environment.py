@@ -5,6 +5,8 @@ DPCOMM_ARENA_MB    MiB of shared memory a rank may take at most; the same on all
 DPCOMM_SIMD        instruction set of the kernels, one of `dpcomm.info()["simd"]`; default: the best
 DPCOMM_CHANNELS    threads that a rank moves large tensors with, 1 to 8; the same on all ranks; default: what is
                    fastest at start, where a rank has several processors to itself
+DPCOMM_P2P_ARENA   where GPUs keep what they exchange; the same on all ranks: "device", their own memory or an error;
+                   "pinned", host memory; "auto" (the default), their own, and host memory where that does not work
 DPCOMM_CUDA        read by setup.py only
 """
 
@@ -23,7 +25,8 @@ DEFAULT_TIMEOUT_S = 300.0
 MAX_TIMEOUT_S = 30 * 24 * 3600.0
 DEFAULT_ARENA_MB = 64
 MAX_ARENA_MB = 64 * 1024
-KNOWN = ("DPCOMM_TIMEOUT_S", "DPCOMM_ARENA_MB", "DPCOMM_SIMD", "DPCOMM_CHANNELS", "DPCOMM_CUDA")
+P2P_ARENAS = ("auto", "device", "pinned")
+KNOWN = ("DPCOMM_TIMEOUT_S", "DPCOMM_ARENA_MB", "DPCOMM_SIMD", "DPCOMM_CHANNELS", "DPCOMM_P2P_ARENA", "DPCOMM_CUDA")
 
 
 class Environment(NamedTuple):
@@ -33,6 +36,7 @@ class Environment(NamedTuple):
     arena_bytes: int
     simd: str  # "" takes the best
     channels: int  # 0: measured
+    p2p_arena: str
 
 
 def read() -> Environment:
@@ -42,7 +46,7 @@ def read() -> Environment:
         ArgumentError: A value cannot be parsed or is out of range.
     """
     _warn_unknown(tuple(sorted(name for name in os.environ if name.startswith("DPCOMM_") and name not in KNOWN)))
-    return Environment(_timeout_s(), _arena_bytes(), _simd(), _channels())
+    return Environment(_timeout_s(), _arena_bytes(), _simd(), _channels(), _p2p_arena())
 
 
 @functools.cache
@@ -100,3 +104,10 @@ def _channels() -> int:
     if not 1 <= channels <= _native.MAX_CHANNELS:
         raise ArgumentError(f"DPCOMM_CHANNELS={text!r}: expected 1 to {_native.MAX_CHANNELS}")
     return channels
+
+
+def _p2p_arena() -> str:
+    text = os.environ.get("DPCOMM_P2P_ARENA", "auto")
+    if text not in P2P_ARENAS:
+        raise ArgumentError(f"DPCOMM_P2P_ARENA={text!r}: expected one of {', '.join(P2P_ARENAS)}")
+    return text

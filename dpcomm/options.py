@@ -19,7 +19,9 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 ENCODED = ("float32", "float16", "bfloat16")  # what a codec other than none serves
 # Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
-LATER_ENGINES = ("p2p", "nccl", "gloo", "torch")
+ENGINES = ("auto", "shm", "p2p")
+LATER_ENGINES = ("nccl", "gloo", "torch")
+CPU = -1  # the ordinal of no GPU
 
 
 class Request(NamedTuple):
@@ -44,6 +46,19 @@ class Options(NamedTuple):
     arena_bytes: int
     simd: str
     channels: int  # 0: measured
+    device: int = CPU  # ordinal of the GPU
+    max_ctas: int = 0  # at most this many CTAs a rank on a GPU; 0: as many as perform best
+    arena: str = "auto"  # of engine p2p: "auto", "device" or "pinned"
+
+    @property
+    def serving(self) -> str:
+        """The engine that serves the device."""
+        return "shm" if self.device == CPU else "p2p"
+
+    @property
+    def device_name(self) -> str:
+        """The device as torch spells it."""
+        return "cpu" if self.device == CPU else f"cuda:{self.device}"
 
 
 def op_name(op: object) -> str:
@@ -115,30 +130,35 @@ def choice(what: str, value: object, names: dict[str, int]) -> str:
 
 
 def engine_reason(engine: str) -> str:
-    """Why an engine cannot be used here; "" where it can."""
+    """Why an engine cannot be used here; "" where it can. Asks the CUDA driver about those of GPUs."""
     if engine == "shm":
         return ""
     if engine in ("p2p", "nccl"):
-        return "CUDA not available: " + (
-            "this version of dpcomm has no GPU engine yet"
-            if _native.cuda_built
-            else "dpcomm was built without CUDA, and this version has no GPU engine yet"
-        )
+        reason = _native.cuda_reason()
+        if reason:
+            return f"CUDA not available: {reason}"
+        return "" if engine == "p2p" else "this version of dpcomm has no engine nccl yet"
     return "this version of dpcomm has no engine between hosts yet"
 
 
 def resolve(
-    codec: object, engine: object, algorithm: object, timeout_s: object, bucket_cap_mb: object, device: object
+    codec: object,
+    engine: object,
+    algorithm: object,
+    timeout_s: object,
+    bucket_cap_mb: object,
+    device: object,
+    max_ctas: object = None,
 ) -> Options:
     """Validates a communicator's options and fills in what the environment says.
 
     Raises:
-        ArgumentError: An unknown name, a timeout or bucket size out of range, an engine that is not available.
+        ArgumentError: An unknown name, a number out of range, an engine or device that is not available or not served.
         UnsupportedError: A device or engine that this version does not serve.
     """
     env = environment.read()
-    _check_device(device)
     _check_engine(engine)
+    ordinal = _ordinal(device, engine)
     seconds = positive("timeout_s", timeout_s, MAX_TIMEOUT_S)
     return Options(
         codec=choice("codec", codec, _native.CODECS),
@@ -149,6 +169,9 @@ def resolve(
         arena_bytes=env.arena_bytes,
         simd=env.simd,
         channels=env.channels,
+        device=ordinal,
+        max_ctas=_max_ctas(max_ctas, ordinal),
+        arena=env.p2p_arena,
     )
 
 
@@ -162,20 +185,61 @@ def positive(what: str, value: object, limit: float) -> float:
 
 
 def _check_engine(engine: object) -> None:
-    if engine in ("auto", "shm"):
+    if engine in ENGINES:
         return
     if not isinstance(engine, str) or engine not in LATER_ENGINES:
-        raise ArgumentError(f"unknown engine {engine!r}. Use 'auto' or 'shm'.")
-    kind = ArgumentError if engine in ("p2p", "nccl") else UnsupportedError
-    raise kind(f"engine={engine!r}: {engine_reason(engine)}. Use 'auto' or 'shm'.")
+        raise ArgumentError(f"unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
+    reason = engine_reason(engine)
+    kind = ArgumentError if reason.startswith("CUDA not available") else UnsupportedError
+    raise kind(f"engine={engine!r}: {reason}. Use one of {', '.join(ENGINES)}.")
 
 
-def _check_device(device: object) -> None:
+def _ordinal(device: object, engine: object) -> int:
+    """Which GPU, or CPU."""
+    asked = f"device={device!r}"
     if device is None:
-        return
+        kind, ordinal = ("cuda" if engine == "p2p" else "cpu"), None
+        asked = f"engine={engine!r}"
+    elif isinstance(device, int) and not isinstance(device, bool):
+        kind, ordinal = "cuda", device
+    else:
+        kind, ordinal = _parsed(device)
+    if kind not in ("cpu", "cuda"):
+        raise UnsupportedError(f"{asked}: dpcomm serves memory of CPUs and CUDA devices. Use 'cpu' or 'cuda'.")
+    if kind == "cpu":
+        if engine == "p2p":
+            raise ArgumentError(f"engine='p2p' moves data between GPUs, but {asked}. Use 'cuda', or engine='auto'.")
+        return CPU
+    if engine == "shm":
+        raise ArgumentError(f"engine='shm' moves data between CPUs, but {asked}. Use 'cpu', or engine='auto'.")
+    reason = engine_reason("p2p")
+    if reason:
+        raise ArgumentError(f"{asked}: {reason}")
+    if ordinal is None:
+        return _current_gpu()
+    if ordinal < 0:
+        raise ArgumentError(f"{asked}: expected the ordinal of a GPU, 0 or more")
+    return ordinal
+
+
+def _parsed(device: object) -> tuple[str, int | None]:
     try:
-        kind = torch.device(device).type  # type: ignore[call-overload]
+        made = torch.device(device)  # type: ignore[call-overload]
     except (TypeError, RuntimeError) as error:
         raise ArgumentError(f"device={device!r} is not a device: {error}") from None
-    if kind != "cpu":
-        raise UnsupportedError(f"device={device!r}: the engines of this version serve CPU memory only. Use 'cpu'.")
+    return made.type, made.index
+
+
+def _current_gpu() -> int:
+    """What plain "cuda" stands for: torch's current device, 0 where torch has no CUDA."""
+    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0
+
+
+def _max_ctas(max_ctas: object, ordinal: int) -> int:
+    if max_ctas is None:
+        return 0
+    if type(max_ctas) is not int or not 1 <= max_ctas <= _native.MAX_CTAS:
+        raise ArgumentError(f"max_ctas={max_ctas!r}: expected None or a whole number, 1 to {_native.MAX_CTAS}")
+    if ordinal == CPU:
+        raise ArgumentError(f"max_ctas={max_ctas}: a communicator on CPU has no CTAs. Leave it out.")
+    return max_ctas

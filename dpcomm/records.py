@@ -18,12 +18,12 @@ from dpcomm import _native
 from dpcomm.errors import InternalError, VersionError
 
 MAGIC = b"dpcomm\r\n"
-PROTOCOL = 2
+PROTOCOL = 3
 PAYLOAD_BYTES = 64
 
 PREFIX = struct.Struct("<8sIII24s")
 CRC = struct.Struct("<I")
-HELLO = struct.Struct("<IqqQQQ40s64s128s16s16s16sdqIII")
+HELLO = struct.Struct("<IqqQQQ40s64s128s16s16s16sdqIII8s8sIi")
 OUTCOME = struct.Struct("<I16sii1024sI64s")
 
 
@@ -48,6 +48,10 @@ class Hello(NamedTuple):
     channels: int  # asked for; 0: measured
     processors: int  # that the process may run on
     processor_set: int  # the same for the same processors
+    device: str  # "cpu" or "cuda"
+    arena: str  # of GPUs, as asked for: "auto", "device" or "pinned"; empty on CPU
+    max_ctas: int  # asked for; 0: as many as perform best
+    ordinal: int  # of the GPU in its process, -1 on CPU; ranks differ in it
 
 
 class Outcome(NamedTuple):

@@ -19,19 +19,29 @@ from dpcomm.errors import (
     Error,
     InternalError,
     MismatchError,
+    P2PUnavailableError,
     PeerLostError,
     bare_message,
     from_native,
 )
-from dpcomm.options import Options
+from dpcomm.options import CPU, Options
 from dpcomm.processors import processor_set
 from dpcomm.records import PAYLOAD_BYTES, Hello, Outcome, bitmap, decode, encode, ranks_in
 
-STAGES = ("hello", "validate", "allocate", "probe", "bind", "verify")
+# The second round is for GPUs whose memory cannot be shared: the same once more, with arenas in pinned host memory.
+PINNED = "-pinned"
+ROUND = ("allocate", "probe", "bind", "verify")
+STAGES = ("hello", "validate", *ROUND, *(name + PINNED for name in ROUND))
+LAST = ("verify", "verify" + PINNED)
 # A blocking Store.wait would ignore Ctrl-C, lock the store's client for other threads and, with TCPStore, log a
 # warning when its time is up; so the store is asked again and again, at intervals that grow from 0.5 to 20 ms.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.0005, 0.02
 LIVENESS_PERIOD_S = 0.2
+# Of a hello record, what must be the same on all ranks. Time limits may differ.
+COMPARED = (
+    *("nranks", "group", "engine", "device", "codec", "algorithm", "bucket_cap_mb"),
+    *("arena_bytes", "channels", "arena", "max_ctas", "uid"),
+)
 
 T = TypeVar("T")
 
@@ -60,7 +70,7 @@ class Rendezvous:
         self.hellos: list[Hello] = []
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._published = -1
+        self._next = 1  # the stage at which others would wait for this rank, if it gave up
         tag = hashlib.sha256(site.members.encode()).hexdigest()[:16]
         self.number = int(self._ask(self._store.add, f"dpcomm/{tag}/count/{self.rank}", 1))
         self._prefix = f"dpcomm/{tag}/{self.number}"
@@ -93,7 +103,8 @@ class Rendezvous:
             The payloads of all ranks.
 
         Raises:
-            Error: That of the lowest rank that failed, on every rank.
+            Error: That of the lowest rank that failed, on every rank; where peer access between GPUs is missing, that,
+                since others fail of it.
         """
         index = STAGES.index(name)
         failure: Error | None = None
@@ -107,27 +118,32 @@ class Rendezvous:
             failure.__cause__ = error
         self._publish(index, _outcome(self.rank, index, failure, payload))
         outcomes = [decode(Outcome, self._fetch(index, rank), rank) for rank in range(self.nranks)]
+        failed = [outcome for outcome in outcomes if outcome.code]
+        if failed:
+            first = next((outcome for outcome in failed if outcome.code == P2PUnavailableError.default_code), failed[0])
+            raise _joint(first) from (failure if first.rank == self.rank else None)
         for outcome in outcomes:
-            if outcome.code:
-                raise _joint(outcome) from (failure if outcome.rank == self.rank else None)
             if outcome.stage != index:
                 raise InternalError(f"handshake from rank {outcome.rank}: stage {outcome.stage}, expected {index}")
         return [outcome.payload for outcome in outcomes]
 
+    def begin_round(self, suffix: str) -> None:
+        """Says that the stages of a round come next, all ranks having agreed on it."""
+        self._next = STAGES.index(ROUND[0] + suffix)
+
     def give_up(self, cause: BaseException) -> None:
         """Lets ranks that come later fail at once: publishes the cause as this rank's outcome of its next stage."""
-        index = max(self._published + 1, 1)
-        if index == len(STAGES):
+        if self._next == len(STAGES):
             return
         error = cause if isinstance(cause, Error) else from_native("ABORTED", f"{type(cause).__name__}: {cause}")
         try:
-            self._publish(index, _outcome(self.rank, index, error, b""))
+            self._publish(self._next, _outcome(self.rank, self._next, error, b""))
         except PeerLostError:
             return  # the store itself is gone; the cause is on its way to the user already
 
     def _publish(self, index: int, record: Hello | Outcome) -> None:
         self._ask(self._store.set, f"{self._prefix}/{STAGES[index]}/{self.rank}", encode(record))
-        self._published = index
+        self._next = len(STAGES) if STAGES[index] in LAST else index + 1
 
     def _fetch(self, index: int, rank: int) -> bytes:
         """Waits for one rank's record of a stage."""
@@ -197,6 +213,10 @@ def hello_of(site: Site, options: Options | None) -> Hello:
         channels=options.channels if options else 0,
         processors=processors,
         processor_set=number,
+        device="" if options is None else "cpu" if options.device == CPU else "cuda",
+        arena=options.arena if options and options.device != CPU else "",
+        max_ctas=options.max_ctas if options else 0,
+        ordinal=options.device if options else CPU,
     )
 
 
@@ -211,8 +231,8 @@ def process_start_time(pid: int) -> int:
 
 
 def _compare(a: Hello, b: Hello, number: int) -> None:
-    """Raises MismatchError for the first option in which two ranks differ. Time limits may differ."""
-    for field in ("nranks", "group", "engine", "codec", "algorithm", "bucket_cap_mb", "arena_bytes", "channels", "uid"):
+    """Raises MismatchError for the first option in which two ranks differ."""
+    for field in COMPARED:
         ours, theirs = getattr(a, field), getattr(b, field)
         if ours != theirs:
             raise MismatchError(

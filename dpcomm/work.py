@@ -14,10 +14,17 @@ from dpcomm.errors import ArgumentError, CommTimeoutError
 WAIT_SLICE_S = 0.1
 
 
+def check_timeout(timeout_s: float | None) -> None:
+    """Raises ArgumentError where this is no time to wait for."""
+    if timeout_s is not None and not timeout_s >= 0:
+        raise ArgumentError(f"wait: timeout_s={timeout_s}: expected 0 or more seconds")
+
+
 class Work:
     """The handle of an asynchronous all-reduce; its arrays hold the result once it is completed.
 
-    The result is in place when `wait` has returned or `is_completed` has said True.
+    The result is in place when `wait` has returned or `is_completed` has said True. On a GPU, `wait` without a time
+    limit does not block the host: it lets the current stream of the arrays' library wait, as torch's own works do.
     """
 
     def __init__(self, segments: Sequence[Segment], keep: object) -> None:
@@ -40,8 +47,7 @@ class Work:
             CommTimeoutError: timeout_s ran out. The call goes on; wait again.
             Error: The call's own error.
         """
-        if timeout_s is not None and not timeout_s >= 0:
-            raise ArgumentError(f"wait: timeout_s={timeout_s}: expected 0 or more seconds")
+        check_timeout(timeout_s)
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         for job in self._jobs:
             while not job.wait(min(WAIT_SLICE_S, max(deadline - time.monotonic(), 0.0))):

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+
+import pybind11
+from test_build import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "tests"
@@ -66,6 +70,11 @@ def why_no(kind: str) -> str:
     return "" if ran.returncode == 0 else f"no {kind}: {ran.stdout.strip() or ran.returncode}"
 
 
+def cuda() -> str:
+    """DPCOMM_CUDA: engine p2p on the stand-in CUDA runtime, which needs the headers that come with nvcc."""
+    return "OFF" if find_nvcc() is None else "STAND_IN"
+
+
 @cache
 def configure(kind: str) -> Path:
     """Returns the build folder of the kind."""
@@ -73,7 +82,9 @@ def configure(kind: str) -> Path:
     options = {
         "DPCOMM_TESTS": "ON",
         "DPCOMM_EXTENSION": "OFF",
-        "DPCOMM_CUDA": "OFF",
+        "DPCOMM_CUDA": cuda(),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
         "CMAKE_BUILD_TYPE": "Test",
         "CMAKE_CXX_FLAGS_TEST": KINDS[kind],
     }

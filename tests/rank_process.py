@@ -1,13 +1,16 @@
 """The inside of one rank's process (ranks.py starts it): takes functions from a pipe, runs them, reports.
 
-Knows nothing of dpcomm. Each function runs under a deadline of its own, after which this process writes the stacks of
-all its threads to its log and ends, even if it hangs in C++ with the GIL held.
+Knows nothing of dpcomm but the name of its extension. Each function runs under a deadline of its own, after which this
+process writes the stacks of all its threads to its log and ends, even if it hangs in C++ with the GIL held.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import importlib.util
+import os
 import pickle
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -93,8 +96,19 @@ def join_group(place: Place) -> None:
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.nranks)
 
 
+def take_stand_in(path: str) -> None:
+    """Makes `import dpcomm` take this extension instead of its own; see stand_in.py."""
+    spec = importlib.util.spec_from_file_location("dpcomm._native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
 def main(place: Place) -> None:
     torch.set_num_threads(1)
+    if path := os.environ.get("STAND_IN_NATIVE"):
+        take_stand_in(path)
     pipe = Connection(place.pipe)
     with Path(place.log).open("w") as log:
         faulthandler.enable(log)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -33,6 +33,9 @@ DEADLINE_S = 45.0  # below the deadline of a test, which ends the whole run
 GRACE_S = 5.0  # for the others once a rank of a pool has failed, and for writing stacks
 WORKER = "import json, sys; from rank_process import Place, main; main(Place(**json.loads(sys.argv[1])))"
 DEFAULT_ENV = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+Environment = Mapping[str, str] | Sequence[Mapping[str, str]]  # of all ranks, or one for each
 
 
 class RankError(RuntimeError):
@@ -105,14 +108,15 @@ def serve_store() -> Any:
 class Crew:
     """The processes of one communicator's ranks, from start to end."""
 
-    def __init__(self, nranks: int, *, process_group: bool = True, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, nranks: int, *, process_group: bool = True, env: Environment | None = None) -> None:
         self.nranks = nranks
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.store = serve_store() if process_group else None
         self.members: list[Member] = []
         try:
             for rank in range(nranks):
-                self.members.append(self._member(rank, dict(env or {})))
+                own = env or {} if env is None or isinstance(env, Mapping) else env[rank]
+                self.members.append(self._member(rank, dict(own)))
             self._await_ready()
         except BaseException:
             self.end()
@@ -193,8 +197,8 @@ def failed(outcome: Outcome) -> bool:
 class Pool:
     """Ranks that serve many calls. A failure of any rank ends them all: `pool` starts new ones for the next test."""
 
-    def __init__(self, nranks: int) -> None:
-        self.crew = Crew(nranks)
+    def __init__(self, nranks: int, *, env: Environment | None = None) -> None:
+        self.crew = Crew(nranks, env=env)
         self.broken = False
 
     def run(self, function: Callable[..., Any], *args: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
@@ -256,7 +260,7 @@ def fresh(
     *args: Any,
     deadline_s: float = DEADLINE_S,
     process_group: bool = True,
-    env: Mapping[str, str] | None = None,
+    env: Environment | None = None,
 ) -> list[Outcome]:
     """Calls function(rank, nranks, *args) in new processes, waits for their exit and says what became of each.
 

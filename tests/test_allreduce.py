@@ -284,3 +284,21 @@ def test_fuzz(local: Comms) -> None:
         check_local(local(nranks, arena_mb=arena_mb), case)
         done += 1
     assert done >= 30
+
+
+def test_ranks_are_not_left_one_call_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank cannot begin a call, those that have begun it end, instead of meeting its next one."""
+    comms = dpcomm.init_local(["cpu"] * 3)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(comms[1], "_submit", fail)
+    xs = [torch.ones(1000) for _ in comms]
+    with pytest.raises(MemoryError, match="planted"):
+        dpcomm.allreduce_local(comms, xs)
+    monkeypatch.undo()
+    for comm, x in zip(comms, xs, strict=True):
+        with pytest.raises(dpcomm.AbortedError, match="allreduce_local: MemoryError"):
+            comm.allreduce(x)
+        comm.close()

@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +24,13 @@ import numpy as np
 import pytest
 import reference
 from cases import Array, Case, check_bits, operations
+from planted import Fault
 from test_build import find_nvcc
-from test_cuda_static import Compiler, Fault
 
 from dpcomm import _native
+
+sys.path.append(str(cpp_build.ROOT / "benchmarks"))
+import gpu_code
 
 pytestmark = [
     pytest.mark.timeout(300),  # the first test waits for the compiler
@@ -88,7 +92,7 @@ def compile_command() -> tuple[str, ...]:
     folder = FOLDER / "configure"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    words = Compiler(folder).command
+    words = gpu_code.build_commands(folder)["p2p_float"]
     assert words[-4:-1] == ["-x", "cu", "-c"]
     dropped = ("--generate-code", "-O3", "-Werror=cross-execution-space-call")
     return tuple(word for word in words[:-4] if not word.startswith(dropped))
@@ -146,7 +150,7 @@ def program(programs: dict[str, Future[Path]]) -> Path:
 
 
 class Settings(NamedTuple):
-    """What the loopback's launcher would be told, and warps a rank has."""
+    """What an engine would be told, and warps a rank has."""
 
     warps: int = 1
     slots: int = 4

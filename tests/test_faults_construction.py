@@ -54,7 +54,8 @@ def test_34_more_ranks_than_the_engine_serves() -> None:
         ({"codec": "zip"}, "ArgumentError", "unknown codec 'zip'"),
         ({"engine": "nccl"}, "ArgumentError", "CUDA not available"),
         ({"engine": "gloo"}, "UnsupportedError", "engine='gloo'"),
-        ({"device": "cuda:0"}, "UnsupportedError", "cuda:0"),
+        ({"device": "meta"}, "UnsupportedError", "device='meta': dpcomm serves memory of CPUs and CUDA devices"),
+        ({"max_ctas": 8}, "ArgumentError", "max_ctas=8: a communicator on CPU has no CTAs"),
     ],
 )
 def test_an_odd_option_of_one_rank_fails_on_all(odd: dict[str, Any], name: str, text: str) -> None:

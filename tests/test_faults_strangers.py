@@ -63,7 +63,7 @@ def test_garbage_in_the_store_is_named_on_all_ranks(fault: str, stage: str) -> N
 def good_records() -> list[tuple[Any, bytes]]:
     """A record of each kind, with its kind."""
     hello = records.Hello(
-        1, 4, 100, 0, 5, 6, 7, "boot", "host", "group", "none", "auto", "auto", 25.0, 1 << 26, 0, 2, 7
+        1, 4, 100, 0, 5, 6, 7, "boot", "host", "group", "none", "auto", "auto", 25.0, 1 << 26, 0, 2, 7, "cpu", "", 0, -1
     )
     outcome = records.Outcome(1, 2, "TIMEOUT", 0, -1, "ranks [2] did not come", b"p" * 64)
     made: list[tuple[Any, bytes]] = [(type(record), records.encode(record)) for record in (hello, outcome)]

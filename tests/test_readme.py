@@ -1,7 +1,7 @@
 """The pages run: each Python block of README.md and docs/ prints what stands below it, and what they name exists.
 
 A block follows `<!-- run: N -->`: it is run by N processes, under torchrun if N is more than one. `<!-- run: 2 ddp -->`
-puts the two names that the page leaves to the reader in front.
+puts the two names that the page leaves to the reader in front; `gpu` takes a GPU for each process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import dpcomm
 from dpcomm import environment
@@ -23,7 +24,7 @@ from dpcomm import environment
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-BLOCK = re.compile(r"<!-- run: (\d+)( ddp)? -->\n```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.S)
+BLOCK = re.compile(r"<!-- run: (\d+)( ddp| gpu)? -->\n```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.S)
 BEFORE_DDP = """
 import torch
 import torch.distributed as dist
@@ -38,6 +39,11 @@ def train(model):
         model(torch.full((4, 8), 1.0 + dist.get_rank())).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+"""
+BEFORE_GPU = """
+import torch
+
+net = torch.nn.Linear(8, 1)
 """
 AFTER_DDP = """
 dpcomm.verify(model)
@@ -54,13 +60,15 @@ class Block:
     nprocs: int
     code: str
     output: str
+    gpu: bool = False  # one for each process
 
 
 def blocks() -> list[Block]:
     found = []
     for page, name in zip(PAGES, NAMES, strict=True):
-        for nprocs, ddp, code, output in BLOCK.findall(page.read_text()):
-            found.append(Block(name, int(nprocs), BEFORE_DDP + code + AFTER_DDP if ddp else code, output))
+        for nprocs, kind, code, output in BLOCK.findall(page.read_text()):
+            whole = {"": code, " ddp": BEFORE_DDP + code + AFTER_DDP, " gpu": BEFORE_GPU + code}[kind]
+            found.append(Block(name, int(nprocs), whole, output, kind == " gpu"))
     return found
 
 
@@ -84,8 +92,15 @@ def run(block: Block, folder: Path) -> list[str]:
     return sorted(line for text in printed for line in text.splitlines())
 
 
-@pytest.mark.parametrize("block", blocks(), ids=lambda b: f"{b.page}-{b.nprocs}procs")
+def named(block: Block) -> object:
+    marks = [pytest.mark.gpu] if block.gpu else []
+    return pytest.param(block, marks=marks, id=f"{block.page}-{block.nprocs}procs{'-gpu' * block.gpu}")
+
+
+@pytest.mark.parametrize("block", [named(block) for block in blocks()])
 def test_python_blocks_print_what_the_page_says(block: Block, tmp_path: Path) -> None:
+    if block.gpu and torch.cuda.device_count() < block.nprocs:
+        pytest.skip(f"{block.nprocs} GPUs are needed, and torch sees {torch.cuda.device_count()}")
     assert run(block, tmp_path) == sorted(block.output.splitlines())
 
 

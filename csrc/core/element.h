@@ -34,6 +34,7 @@ struct Real {
     if (d.exact) return map([inverse](auto x) { return x * inverse; }, a);
     return map([by](auto x) { return x / by; }, a);
   }
+  DPCOMM_HD static Vec<Acc> not_a_number() { return splat(bit_cast<Acc>(static_cast<Bits>(kNan))); }
   // One NaN for all: which operand's payload survives an addition is the compiler's choice.
   DPCOMM_HD static Vec<Acc> canonical(const Vec<Acc>& a) {
     return map([](auto x) { return x != x ? alike(x, bit_cast<Acc>(static_cast<Bits>(kNan))) : x; }, a);

@@ -72,6 +72,23 @@ DPCOMM_HD uint64_t load_acquire(const uint64_t* word) {
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 #endif
 }
+DPCOMM_HD void store_release(uint64_t* word, uint64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+#else
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+#endif
+}
+// Adds one and returns what was there; whoever counts later sees what those before have written. One device only.
+DPCOMM_HD uint32_t count_up(uint32_t* counter) {
+#if defined(__CUDA_ARCH__)
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+#else
+  return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+#endif
+}
 // Writes `desired` if the word is still zero; the first caller wins, on any device.
 DPCOMM_HD void set_once(uint64_t* word, uint64_t desired) {
 #if defined(__CUDA_ARCH__)

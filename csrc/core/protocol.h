@@ -84,8 +84,8 @@ template <class Lanes>
 DPCOMM_HD void announce(Lanes& lanes, const Team& t, const Header& mine) {
   const int page = int(t.box[t.rank]->sent[kHeader] % 2);
   for (int r = lanes.index(); r < t.nranks; r += lanes.count())
-    if (t.shared ? r == t.rank : r != t.rank) t.box[r]->header[page][t.rank] = mine;
-  post_peers(lanes, t, kHeader, t.box[t.rank]->sent[kHeader] + 1);  // (0)
+    if (!t.shared || r == t.rank) t.box[r]->header[page][t.rank] = mine;  // mine stays with me too: for messages
+  post_peers(lanes, t, kHeader, t.box[t.rank]->sent[kHeader] + 1);        // (0)
 }
 // Compares all headers with mine; before anything is written to user memory. False: the ranks disagree, and the failure
 // word says how, or a peer did not come.

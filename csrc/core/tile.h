@@ -115,7 +115,14 @@ DPCOMM_HD void push(Lanes& lanes, const Message<Codec>& m, int64_t at, const typ
 template <class Codec, class Lanes>
 DPCOMM_HD void put(Lanes& lanes, const Bucket& bucket, Range range, const Message<Codec>& out) {
   each_memory<Codec, false>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
-    push<Codec>(lanes, out, at, Codec::scale(lanes, memory), memory);
+    // A lane with one vector reads it once; one that holds a group would keep it in more registers than there are.
+    if constexpr (Codec::scaled && Lanes::template vectors<Codec> == 1) {
+      Total<Codec, Lanes> values;
+      values.start(memory);
+      push<Codec>(lanes, out, at, Codec::scale(lanes, values), values);
+    } else {
+      push<Codec>(lanes, out, at, Codec::scale(lanes, memory), memory);
+    }
   });
 }
 

@@ -1,6 +1,7 @@
 // One all-reduce of engine shm: from a Call to a header and a table of segments, on one channel or several, and back.
 #include <unistd.h>
 
+#include "../host/call_facts.h"
 #include "float_environment.h"
 #include "shm_engine.h"
 
@@ -15,20 +16,12 @@ constexpr int64_t kSlicesPerChannel = 2;
 // (docs/performance.md).
 constexpr int kYields = 500;
 
-uint64_t hash_counts(const std::vector<int64_t>& counts) {
-  uint64_t h = 0xcbf29ce484222325;  // FNV-1a over whole words
-  for (const int64_t n : counts) h = (h ^ uint64_t(n)) * 0x100000001b3;
-  return h;
-}
-
-bool encodable(Dtype dtype) { return dtype == Dtype::float32 || dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
-
 }  // namespace
 
 void ShmEngine::allreduce(const Call& call) {
   refuse_fork();
   if (load_acquire(team_.failure) != 0) throw cause_error(&call);
-  if (call.codec == CodecKind::fp16 && (!encodable(call.dtype) || call.op > Op::mean))
+  if (!served(call))
     throw Error(Code::unsupported, prefix(Code::unsupported, &call) +
                                        "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec "
                                        "none.");
@@ -77,36 +70,17 @@ void ShmEngine::play(Channel& channel, const Team& team, const Bucket& bucket, c
 }
 
 Header ShmEngine::begin(const Call& call, Bucket& bucket) {
-  segments_.clear();
-  int64_t groups = 0, elems = 0;
-  for (size_t i = 0; i < call.counts.size(); ++i) {
-    segments_.push_back({call.addresses[i], call.counts[i], groups});
-    groups += groups_of(call.counts[i]);
-    elems += call.counts[i];
-  }
-  if (segments_.empty()) segments_.push_back({nullptr, 0, 0});
+  const int64_t groups = fill_segments(call, segments_);
   bucket = {segments_.data(), int64_t(segments_.size()), groups};
-  const uint64_t sequence = mine().sequence + 1;
-  __atomic_store_n(&mine().sequence, sequence, __ATOMIC_RELAXED);  // peers read it for their messages only
-  const Algorithm algorithm = call.algorithm == Algorithm::automatic
-                                  ? choose_algorithm(groups, call.dtype, call.codec, team_.nranks)
-                                  : call.algorithm;
-  Header header{};
-  header.sequence = sequence;
-  header.numel = elems;
-  header.layout = hash_counts(call.counts);
-  header.tensors = int32_t(call.counts.size());
-  header.bucket = call.bucket;
-  header.op = uint8_t(call.op);
-  header.dtype = uint8_t(call.dtype);
-  header.codec = uint8_t(call.codec);
-  header.algorithm = uint8_t(algorithm);
+  Header header = header_of(call, groups, team_.nranks);
+  header.sequence = mine().sequence + 1;
+  __atomic_store_n(&mine().sequence, header.sequence, __ATOMIC_RELAXED);  // peers read it for their messages only
   return header;
 }
 
 // Of a whole chunk, on one channel.
 int64_t ShmEngine::slices(const Header& header, const Bucket& bucket) const {
-  const int parts = Algorithm(header.algorithm) == Algorithm::oneshot ? 1 : team_.nranks;
+  const int parts = parts_of(header, team_.nranks);
   const int64_t bytes = group_bytes(Dtype(header.dtype), CodecKind(header.codec));
   return Chunks::cut(bucket.groups, parts, most_groups(team_.slot_bytes, team_.slice_bytes, bytes)).slices;
 }
@@ -122,21 +96,13 @@ void ShmEngine::count(const Call& call, const Header& header, const Bucket& buck
   const std::lock_guard lock(stats_mutex_);
   ++stats_.calls;
   stats_.input_bytes += header.numel * element_bytes(call.dtype);
-  stats_.wire_bytes += wire_groups(header, bucket) * group_bytes(call.dtype, call.codec);
+  stats_.wire_bytes +=
+      wire_groups(header, bucket.groups, team_.rank, team_.nranks) * group_bytes(call.dtype, call.codec);
   stats_.put_s += tally.ns[int(Phase::put)] * 1e-9;
   stats_.reduce_s += tally.ns[int(Phase::reduce)] * 1e-9;
   stats_.get_s += tally.ns[int(Phase::get)] * 1e-9;
   stats_.wait_s += tally.ns[int(Phase::wait)] * 1e-9;
   for (int k = 0; k < channels; ++k) stats_.nonfinite_groups += channels_[size_t(k)].tally.nonfinite_groups;
-}
-
-// That this rank writes for others. direct: every other rank's chunk and the result of its own; oneshot: its whole
-// contribution. ring: all chunks on the way to the sum, all but two of them on the way back.
-int64_t ShmEngine::wire_groups(const Header& header, const Bucket& bucket) const {
-  if (Algorithm(header.algorithm) != Algorithm::ring) return bucket.groups;
-  const Chunks chunks = Chunks::cut(bucket.groups, team_.nranks, 1);
-  const auto groups = [&](int ahead) { return chunks.chunk((team_.rank + ahead) % team_.nranks).groups; };
-  return 2 * bucket.groups - groups(1) - groups(2);
 }
 
 void ShmEngine::end_stores(const StoreTurns& turns) {

@@ -128,13 +128,7 @@ void ShmEngine::fail(Failure failure) {
 void ShmEngine::abort(const std::string& reason) {
   if (in_forked_child() || closed_) return;
   const std::lock_guard lock(abort_mutex_);
-  if (load_acquire(team_.failure) != 0) return;  // the first cause stands, and its text may be being read
-  char* text = control_->reason[team_.rank];
-  for (int i = 0; i < kReasonBytes; ++i) {
-    const char c = i + 1 < kReasonBytes && size_t(i) < reason.size() ? reason[size_t(i)] : '\0';
-    __atomic_store_n(text + i, c, __ATOMIC_RELAXED);
-  }
-  fail({Cause::aborted, uint8_t(team_.rank), 0, Field::none, 0});
+  give_up_for(*control_, team_.rank, __atomic_load_n(&mine().sequence, __ATOMIC_RELAXED), reason);
 }
 
 void ShmEngine::close() {

@@ -6,8 +6,9 @@
 
 #include "../engine.h"
 #include "../host/arena.h"
-#include "channels.h"
 #include "../host/control.h"
+#include "../host/failure_text.h"
+#include "channels.h"
 #include "kernels.h"
 
 namespace dpcomm {
@@ -85,7 +86,6 @@ class ShmEngine final : public Engine {
   int channels_for(int64_t slices) const;
   void play(Channel& channel, const Team& team, const Bucket& bucket, const Header& header, StoreTurns& stores);
   void count(const Call& call, const Header& header, const Bucket& bucket, int channels);
-  int64_t wire_groups(const Header& header, const Bucket& bucket) const;
   bool asked_to_stop(const Call* call);
   void end_stores(const StoreTurns& turns);
   void refuse_fork() const;
@@ -102,12 +102,10 @@ class ShmEngine final : public Engine {
   void choose_channels();
   void of_slowest_rank(std::vector<float>& times);
 
-  // shm_errors.cpp: the failure word in words.
+  // shm_errors.cpp
   Error cause_error(const Call* call);
-  Error explain(const Failure& failure, const Call* call, bool here) const;
   std::string prefix(Code code, const Call* call) const;
-  std::string field_values(const Failure& failure) const;
-  std::string waiting_text(const Failure& failure, std::vector<int>* ranks) const;
+  FailureText failure_text() const;
   uint64_t shown(uint64_t sequence) const { return sequence - uncounted_; }
 
   const uint64_t generation_;

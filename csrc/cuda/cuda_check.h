@@ -15,8 +15,10 @@ namespace dpcomm {
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // it has been seen: the next call must not report it again
-  throw Error(Code::cuda,
+  Error error(Code::cuda,
               std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+  error.errnum = int(status);  // a cudaError_t, for who must tell them apart
+  throw error;
 }
 
 // Elements of plain data in the memory of the current device, zero at first.
@@ -41,6 +43,7 @@ class DeviceArray {
   static void write(T* to, const std::vector<U>& host) {
     check_cuda(cudaMemcpy(to, host.data(), host.size() * sizeof(U), cudaMemcpyHostToDevice),
                "cudaMemcpy to the device");
+    check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");  // it may return before the data have arrived
   }
 
  private:
@@ -53,19 +56,57 @@ class DeviceArray {
   std::unique_ptr<T, Free> data_;
 };
 
-// The device of the calling thread, put back at the end.
+// The device of the calling thread, put back at the end. Put back is the driver's context, if there was one: naming the
+// device again with cudaSetDevice would make one there, some hundred MiB, on the first GPU for every rank of a host.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
     check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ == device) return;
+    const Driver& driver = Driver::get();
+    changed_ = true;
+    saved_ = driver.get_context && driver.get_context(&context_) == 0;
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~CurrentDevice() { cudaSetDevice(before_); }
+  ~CurrentDevice() {
+    if (!changed_) return;
+    if (saved_)
+      Driver::get().set_context(context_);
+    else
+      cudaSetDevice(before_);
+  }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
 
  private:
+  // Two functions of libcuda, which is not linked. Both have been the same since CUDA 4.0.
+  struct Driver {
+    int (*get_context)(void**) = nullptr;
+    int (*set_context)(void*) = nullptr;
+
+    static const Driver& get() {
+      static const Driver driver = [] {
+        Driver d;
+        void *get = nullptr, *set = nullptr;
+        cudaDriverEntryPointQueryResult found{};
+        const auto ask = [&](const char* name, void** to) {
+          return cudaGetDriverEntryPointByVersion(name, to, 4000, cudaEnableDefault, &found) == cudaSuccess &&
+                 found == cudaDriverEntryPointSuccess && *to;
+        };
+        if (ask("cuCtxGetCurrent", &get) && ask("cuCtxSetCurrent", &set)) {
+          d.get_context = reinterpret_cast<int (*)(void**)>(get);
+          d.set_context = reinterpret_cast<int (*)(void*)>(set);
+        }
+        cudaGetLastError();
+        return d;
+      }();
+      return driver;
+    }
+  };
+
   int before_ = 0;
+  bool changed_ = false, saved_ = false;
+  void* context_ = nullptr;
 };
 
 // A point in the default stream, for times by the device's clock.

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <system_error>
 
 #include "../error.h"
@@ -15,6 +16,8 @@
 
 namespace dpcomm {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 constexpr uint64_t kWakeId = 0;  // in epoll's data; watches count from 1
 
@@ -48,19 +51,28 @@ Watchdog& Watchdog::instance() {
 }
 
 uint64_t Watchdog::watch(int fd, std::function<void()> on_hangup) {
+  return add_watch({fd, std::move(on_hangup), nullptr});
+}
+
+uint64_t Watchdog::tick(std::function<void()> on_tick) { return add_watch({-1, nullptr, std::move(on_tick)}); }
+
+uint64_t Watchdog::add_watch(Watch watch) {
   static std::atomic<uint64_t> last_id{kWakeId};  // goes on counting in a forked child: no id means two things there
   std::lock_guard lock(mutex_);
   if (!running_) start();
   const uint64_t id = last_id.fetch_add(1, std::memory_order_relaxed) + 1;
+  const int fd = watch.fd;
+  const bool ticks = watch.on_tick != nullptr;
   try {
-    watches_.emplace(id, Watch{fd, std::move(on_hangup)});
-    add(epoll_.get(), fd, id);
+    watches_.emplace(id, std::move(watch));
+    if (!ticks) add(epoll_.get(), fd, id);
   } catch (...) {
     watches_.erase(id);
     wake();  // the thread ends if it has nothing to look at
     throw;
   }
-  changed_.notify_all();  // a forget() may wait for the thread's end, which is off now
+  if (ticks && ticking_++ == 0) wake();  // it may be waiting without a limit
+  changed_.notify_all();                 // a forget() may wait for the thread's end, which is off now
   return id;
 }
 
@@ -71,6 +83,7 @@ void Watchdog::forget(uint64_t id) {
   const auto at = watches_.find(id);
   if (at != watches_.end()) {
     if (at->second.fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
+    if (at->second.on_tick) --ticking_;
     gone = watches_.extract(at);
   }
   if (!running_ || std::this_thread::get_id() == thread_) return;
@@ -104,13 +117,17 @@ void Watchdog::start() {
 void Watchdog::run() {
   pthread_setname_np(pthread_self(), "dpcomm-watchdog");
   std::unique_lock lock(mutex_);
+  auto next_tick = Clock::now();
   while (!watches_.empty()) {
-    const int epoll = epoll_.get();
+    const int epoll = epoll_.get(), limit_ms = ticking_ > 0 ? kTickMs : -1;
     lock.unlock();
     epoll_event events[16];
-    const int n = ::epoll_wait(epoll, events, 16, -1);  // ends with the last watch: forget() wakes it
+    const int n = ::epoll_wait(epoll, events, 16, limit_ms);  // ends with the last watch: forget() wakes it
     lock.lock();
     for (int i = 0; i < n; ++i) look(events[i].data.u64, lock);
+    if (ticking_ == 0 || Clock::now() < next_tick) continue;
+    tick_all(lock);
+    next_tick = Clock::now() + std::chrono::milliseconds(kTickMs);
   }
   epoll_.reset();
   wake_.reset();
@@ -129,12 +146,27 @@ void Watchdog::look(uint64_t id, std::unique_lock<std::mutex>& lock) {
   if (!hung_up(at->second.fd)) return;
   ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
   at->second.fd = -1;
+  std::function<void()> on_hangup = std::move(at->second.on_hangup);
+  call(id, on_hangup, lock);
+}
+
+void Watchdog::tick_all(std::unique_lock<std::mutex>& lock) {
+  for (uint64_t id = kWakeId;;) {  // by id: a callback may watch and forget
+    auto at = watches_.upper_bound(id);
+    while (at != watches_.end() && !at->second.on_tick) ++at;
+    if (at == watches_.end()) return;
+    id = at->first;
+    std::function<void()> on_tick = at->second.on_tick;
+    call(id, on_tick, lock);
+  }
+}
+
+// What the callback has captured is gone before forget() returns.
+void Watchdog::call(uint64_t id, std::function<void()>& callback, std::unique_lock<std::mutex>& lock) {
   calling_ = id;
-  {
-    const std::function<void()> on_hangup = std::move(at->second.on_hangup);
-    lock.unlock();
-    on_hangup();
-  }  // what it has captured is gone before forget() returns
+  lock.unlock();
+  callback();
+  callback = nullptr;
   lock.lock();
   calling_ = 0;
   changed_.notify_all();

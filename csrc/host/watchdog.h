@@ -1,5 +1,5 @@
-// Tells when a peer's end of a socket closes, which is how a death shows: one thread per process looks at all of them.
-// Knows nothing of ranks.
+// Tells when a peer's end of a socket closes, which is how a death shows, and looks after what nobody else looks at:
+// one thread per process for all communicators. Knows nothing of ranks.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -22,20 +22,27 @@ class Watchdog {
   // Bytes that arrive meanwhile are dropped. fd stays the caller's, open until forget() and watched once at a time.
   uint64_t watch(int fd, std::function<void()> on_hangup);
 
+  // Calls on_tick again and again, every kTickMs, from the watchdog's thread. It must not throw, and not wait.
+  uint64_t tick(std::function<void()> on_tick);
+  static constexpr int kTickMs = 100;
+
   // When it returns the callback neither runs nor will run: do not hold a lock that the callback takes. From inside the
   // callback it returns at once. Unknown ids are ignored.
   void forget(uint64_t id);
 
  private:
   struct Watch {
-    int fd;  // -1 once it has hung up
-    std::function<void()> on_hangup;
+    int fd;  // -1 once it has hung up, and for what ticks
+    std::function<void()> on_hangup, on_tick;
   };
 
   explicit Watchdog(Watchdog* inherited) : generation_(fork_generation()), inherited_(inherited) {}
   void start();
   void run();
+  uint64_t add_watch(Watch watch);
   void look(uint64_t id, std::unique_lock<std::mutex>& lock);
+  void tick_all(std::unique_lock<std::mutex>& lock);
+  void call(uint64_t id, std::function<void()>& callback, std::unique_lock<std::mutex>& lock);
   void wake() const;
 
   const uint64_t generation_;
@@ -45,6 +52,7 @@ class Watchdog {
   std::map<uint64_t, Watch> watches_;
   uint64_t calling_ = 0;  // whose callback runs now; 0: nobody's
   bool running_ = false;
+  int ticking_ = 0;  // watches that tick
   std::thread::id thread_;
   UniqueFd epoll_, wake_;
 };

@@ -173,7 +173,7 @@ struct Rank {
   int64_t groups = 0;
 };
 
-// What one lane does: the body of the loopback kernel, q.calls times. No two ranks meet between calls.
+// What one lane does: the body of the p2p kernel, q.calls times. No two ranks meet between calls.
 template <class Codec>
 void play(ThreadLanes lanes, const Team& team, const Bucket& bucket, Header header, const Request& q) {
   if (team.rank == q.disagreeing_rank) ++header.bucket;

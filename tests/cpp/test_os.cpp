@@ -21,10 +21,10 @@
 #include <random>
 #include <thread>
 
+#include "../../csrc/error.h"
 #include "../../csrc/host/arena.h"
 #include "../../csrc/host/rendezvous.h"
 #include "../../csrc/host/watchdog.h"
-#include "../../csrc/error.h"
 #include "check.h"
 
 #if defined(__SANITIZE_THREAD__)
@@ -591,6 +591,25 @@ void test_watch_of_a_bad_descriptor_is_an_error() {
   CHECK(error.code == Code::resource && error.errnum == EBADF && says(error, "epoll_ctl"));
 }
 
+void test_ticks_go_on_until_forgotten() {
+  std::atomic<int> ticks{0}, others{0};
+  Pair pair;  // a hang-up meanwhile is noticed at once
+  const uint64_t id = Watchdog::instance().tick([&] { ++ticks; });
+  const uint64_t other = Watchdog::instance().tick([&] { ++others; });
+  std::promise<void> hung_up;
+  const uint64_t watch = Watchdog::instance().watch(pair.mine.get(), [&] { hung_up.set_value(); });
+  pair.theirs.reset();
+  CHECK(hung_up.get_future().wait_for(1s) == std::future_status::ready);
+  for (int i = 0; i < 100 && ticks < 3; ++i) std::this_thread::sleep_for(50ms);
+  CHECK(ticks >= 3);
+  Watchdog::instance().forget(id);
+  const int last = ticks, before = others;
+  for (int i = 0; i < 100 && others < before + 2; ++i) std::this_thread::sleep_for(50ms);
+  CHECK(others >= before + 2 && ticks == last);
+  Watchdog::instance().forget(other);
+  Watchdog::instance().forget(watch);
+}
+
 void test_watchdog_works_again_in_a_forked_child() {
   Pair parents;
   Bark bark(parents.mine.get());
@@ -677,6 +696,7 @@ int main() {
   test_forgotten_watches_stay_silent();
   test_forget_inside_and_during_the_callback();
   test_watch_of_a_bad_descriptor_is_an_error();
+  test_ticks_go_on_until_forgotten();
   test_watchdog_works_again_in_a_forked_child();
   test_a_killed_peer_shows_within_a_second();
   CHECK(open_descriptors() == before);

@@ -1,0 +1,84 @@
+// What a p2p engine tells of a failure, and to whom.
+#include <cstdio>
+
+#include "../core/protocol.h"
+#include "p2p_engine.h"
+
+namespace dpcomm {
+
+FailureText P2pEngine::failure_text() const {
+  FailureText text{};
+  text.rank = rank_;
+  text.nranks = geometry_.nranks;
+  text.name = name_;
+  text.timeout_s = timeout_s_;
+  text.control = control_;
+  for (const Peer& p : peers_) text.pids.push_back(p.pid);
+  text.sequence = calls_.load();
+  text.uncounted = uncounted_;
+  text.header = [this](int rank, uint32_t sequence, Header* header) { return team_->header(rank, sequence, header); };
+  text.last_sequence = [this](int rank) { return __atomic_load_n(&memory_->shared->calls[rank], __ATOMIC_RELAXED); };
+  return text;
+}
+
+// The first time a caller on this rank meets the cause, it gets the cause itself, if that is a fact about the group. A
+// rank that was late for a time-out, and every call after the first, is told that the communicator has been aborted.
+Error P2pEngine::cause_error(const Call* call, bool of_the_call_itself) {
+  const Failure failure = first_cause();
+  bool here = !told_.exchange(true) || of_the_call_itself;
+  if (failure.cause == Cause::timeout) {
+    const uint64_t late = __atomic_load_n(&control_->waiting_for[failure.rank], __ATOMIC_RELAXED);
+    here = here && (late >> rank_ & 1) == 0;
+  }
+  return failure_text().explain(failure, call, here);
+}
+
+namespace {
+
+// What a kernel leaves behind for every later call of the process, whoever launched it.
+bool is_sticky(int status) {
+  switch (cudaError_t(status)) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+// A stream that does not exist is the caller's mistake, and nothing has begun. All else ends the communicator: the
+// others would wait for this rank.
+void P2pEngine::throw_cuda(const Error& error, const Call& call, uintptr_t stream) {
+  const std::string what = error.what();
+  if (error.code == Code::cuda && error.errnum == cudaErrorInvalidResourceHandle && !failed()) {
+    --calls_;
+    char handle[32];
+    std::snprintf(handle, sizeof handle, "stream 0x%llx", static_cast<unsigned long long>(stream));
+    throw Error(Code::cuda, prefix(Code::cuda, &call) + what + ", " + handle + ". Does it exist, on this device?");
+  }
+  abort(what);
+  if (error.code == Code::cuda && is_sticky(error.errnum))
+    throw Error(Code::cuda, prefix(Code::cuda, &call) + "earlier asynchronous CUDA error: " + what +
+                                ". A kernel before this call has caused it, and the process can no longer use the "
+                                "GPU: run it with CUDA_LAUNCH_BLOCKING=1 to see which.");
+  throw Error(error.code, prefix(error.code, &call) + what);
+}
+
+void P2pEngine::check() {
+  refuse_fork();
+  look();
+  if (!failed()) return;
+  told_ = true;
+  throw failure_text().explain(first_cause(), nullptr, true);
+}
+
+}  // namespace dpcomm

@@ -1,0 +1,21 @@
+#include "p2p_kernels.h"
+
+namespace dpcomm {
+
+const void* p2p_kernel(Dtype dtype, CodecKind codec, Algorithm algorithm) {
+  if (codec == CodecKind::fp16) return p2p_kernel_fp16(dtype, algorithm);
+  switch (dtype) {
+    case Dtype::float32:
+    case Dtype::float64:
+      return p2p_kernel_float(dtype, algorithm);
+    case Dtype::float16:
+    case Dtype::bfloat16:
+      return p2p_kernel_half(dtype, algorithm);
+    case Dtype::int32:
+    case Dtype::int64:
+      return p2p_kernel_whole(dtype, algorithm);
+  }
+  return nullptr;
+}
+
+}  // namespace dpcomm

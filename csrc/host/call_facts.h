@@ -1,0 +1,27 @@
+// What follows from a call alone, for every engine: its header, its table of segments, what travels.
+#pragma once
+#include <vector>
+
+#include "../core/chunks.h"
+#include "../engine.h"
+
+namespace dpcomm {
+
+// Whether the codec serves the dtype and the operation.
+bool served(const Call& call);
+
+// The call's segments in `table`, which keeps its capacity; returns their groups. At least one segment, if an empty
+// one.
+int64_t fill_segments(const Call& call, std::vector<Segment>& table);
+
+// All but the sequence number. The algorithm is chosen where the call leaves it open.
+Header header_of(const Call& call, int64_t groups, int nranks);
+
+// Chunks that the algorithm cuts a bucket into.
+int parts_of(const Header& header, int nranks);
+
+// Groups that this rank writes for others. direct: every other rank's chunk and the result of its own; oneshot: its
+// whole contribution. ring: all chunks on the way to the sum, all but two of them on the way back.
+int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks);
+
+}  // namespace dpcomm
