@@ -2,6 +2,7 @@
 // memory; what the hosts tell each other lies in shared memory.
 #pragma once
 #include <atomic>
+#include <cstddef>
 #include <memory>
 #include <mutex>
 
@@ -20,6 +21,8 @@ struct alignas(4096) P2pShared {
   uint64_t let_go[kMaxRanks];  // 1 once the rank has given back the memory of all others
   PeerExport mine;
 };
+static_assert(offsetof(P2pShared, status) == 8192 && offsetof(P2pShared, calls) == 16384 && sizeof(P2pShared) == 20480,
+              "docs/wire.md, \"Arenas of GPUs\"");
 
 // What the ranks of one process share.
 struct P2pMemory {
