@@ -9,6 +9,8 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from gpu_goals import Outcome
+
 from dpcomm import _native
 
 MIB = 1 << 20
@@ -53,19 +55,6 @@ class Row:
     of_memcpy: float | None  # bandwidth over that of cudaMemcpyAsync
     of_copy: float | None  # over that of the copy kernel with as many CTAs
     correct: bool | None  # the bits that tests/reference.py computes; None where there is nothing to check
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One goal. reached: None where it was not measured."""
-
-    goal: str
-    measured: str
-    reached: bool | None
-
-    def __str__(self) -> str:
-        word = {True: "reached", False: "missed", None: "not measured"}[self.reached]
-        return f"{self.goal}: {self.measured + ': ' if self.measured else ''}{word}"
 
 
 TimePass = Callable[[Subject, int], float]  # microseconds a repetition, of that many repetitions

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from control_flow import dominating, reaching, reversed_edges
 from gpu_code import Kernel, parse_name
 
 DEADLINE_S = 120
@@ -153,31 +154,6 @@ def following(blocks: list[list[Instruction]]) -> list[list[int]]:
     return result
 
 
-def reversed_edges(edges: list[list[int]]) -> list[list[int]]:
-    before: list[list[int]] = [[] for _ in edges]
-    for block, targets in enumerate(edges):
-        for target in targets:
-            before[target].append(block)
-    return before
-
-
-def dominating(before: list[list[int]]) -> list[int]:
-    """For each block the set, as bits, of blocks that every way to it passes; all for what is never reached."""
-    everything = (1 << len(before)) - 1
-    result = [1] + [everything] * (len(before) - 1)
-    changed = True
-    while changed:
-        changed = False
-        for block in range(1, len(before)):
-            common = everything
-            for b in before[block]:
-                common &= result[b]
-            new = common | 1 << block
-            changed |= new != result[block]
-            result[block] = new
-    return result
-
-
 def natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
     """The blocks of each loop, by its head."""
     before = reversed_edges(edges)
@@ -186,12 +162,7 @@ def natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
     for block, targets in enumerate(edges):
         for head in targets:
             if dominators[block] >> head & 1 and dominators[block] != (1 << len(edges)) - 1:
-                members, left = loops.setdefault(head, {head}), [block]
-                while left:
-                    b = left.pop()
-                    if b not in members:
-                        members.add(b)
-                        left += before[b]
+                loops.setdefault(head, {head}).update(reaching(block, head, before))
     return loops
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gpu_clock import Times
+from gpu_goals import Outcome
 
 from dpcomm import _native
 
@@ -114,19 +115,6 @@ class Row:
     of_link: float | None  # pinned: time of a copy for as many bytes, over the call's
     over_none: float | None  # time of codec none over that of this codec
     wrong: int  # elements whose bits differ from the CPU engine's or between ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A goal. reached: None where it was not measured."""
-
-    goal: str
-    measured: str
-    reached: bool | None
-
-    def __str__(self) -> str:
-        word = {True: "reached", False: "missed", None: "not measured"}[self.reached]
-        return f"{self.goal}: {self.measured + ': ' if self.measured else ''}{word}"
 
 
 TimeCalls = Callable[[Cell, int], Times]

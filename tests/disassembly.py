@@ -8,12 +8,16 @@ loop away, and parts of others in between.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import cpp_build
+
+sys.path.append(str(cpp_build.ROOT / "benchmarks"))
+from control_flow import dominating, reaching, reversed_edges
 
 DEADLINE_S = 60
 FUNCTION = re.compile(r"[0-9a-f]+ <(.+)>:")
@@ -85,10 +89,7 @@ class Function(NamedTuple):
         """All loops, the smallest first."""
         blocks = list(self._blocks())
         following = self._following(blocks)
-        before: list[list[int]] = [[] for _ in blocks]
-        for block, targets in enumerate(following):
-            for target in targets:
-                before[target].append(block)
+        before = reversed_edges(following)
         dominators = dominating(before)
         loops: dict[int, set[int]] = {}
         for block, targets in enumerate(following):
@@ -124,34 +125,6 @@ class Function(NamedTuple):
                 targets.append(b + 1)
             result.append(targets)
         return result
-
-
-def dominating(before: list[list[int]]) -> list[int]:
-    """For each block the set, as bits, of blocks that every way to it passes; all for what is never reached."""
-    everything = (1 << len(before)) - 1
-    result = [1] + [everything] * (len(before) - 1)
-    changed = True
-    while changed:
-        changed = False
-        for block in range(1, len(before)):
-            common = everything
-            for b in before[block]:
-                common &= result[b]
-            new = common | 1 << block
-            changed |= new != result[block]
-            result[block] = new
-    return result
-
-
-def reaching(block: int, head: int, before: list[list[int]]) -> set[int]:
-    """The blocks from which `block` is reached without passing `head`."""
-    found, left = {head}, [block]
-    while left:
-        b = left.pop()
-        if b not in found:
-            found.add(b)
-            left += before[b]
-    return found
 
 
 class Object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import reference
 import torch
 from numpy.typing import NDArray
+from without_gpu import run_without_gpu
 
 import dpcomm
 from dpcomm import _native
@@ -276,20 +276,8 @@ def test_table_json_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "passes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """CUDA_VISIBLE_DEVICES hides the devices of a machine that has some."""
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
-
-
 def test_without_a_gpu_it_stops_with_the_reason() -> None:
-    done = run_script("--quick")
+    done = run_without_gpu(SCRIPT, "--quick")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("gpu_kernels: there is no GPU to measure on here (")
@@ -302,7 +290,7 @@ def test_without_a_gpu_it_stops_with_the_reason() -> None:
     ids=["sizes", "ctas", "rounds"],
 )
 def test_bad_arguments_are_refused_in_plain_words(arguments: list[str], complaint: str) -> None:
-    done = run_script(*arguments)
+    done = run_without_gpu(SCRIPT, *arguments)
     assert done.returncode == 2
     assert complaint in done.stderr
 

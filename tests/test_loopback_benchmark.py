@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from without_gpu import run_without_gpu
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "allreduce.py"
@@ -272,20 +272,8 @@ def test_a_child_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert problem.startswith("allreduce: there is no GPU for virtual ranks here (")
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """CUDA_VISIBLE_DEVICES hides the devices of a machine that has some."""
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
-
-
 def test_without_a_gpu_it_stops_with_the_reason() -> None:
-    done = run_script("--engine", "p2p", "--virtual-ranks", "2")
+    done = run_without_gpu(SCRIPT, "--engine", "p2p", "--virtual-ranks", "2")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("allreduce: there is no GPU for virtual ranks here (")

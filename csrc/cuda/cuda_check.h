@@ -109,26 +109,4 @@ class CurrentDevice {
   void* context_ = nullptr;
 };
 
-// A point in the default stream, for times by the device's clock.
-class Event {
- public:
-  Event() {
-    cudaEvent_t e = nullptr;
-    check_cuda(cudaEventCreate(&e), "cudaEventCreate");
-    event_.reset(e);
-  }
-  void record() const { check_cuda(cudaEventRecord(event_.get()), "cudaEventRecord"); }
-  double us_since(const Event& earlier) const {
-    float ms = 0;
-    check_cuda(cudaEventElapsedTime(&ms, earlier.event_.get(), event_.get()), "cudaEventElapsedTime");
-    return double(ms) * 1e3;
-  }
-
- private:
-  struct Destroy {
-    void operator()(cudaEvent_t e) const { cudaEventDestroy(e); }
-  };
-  std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy> event_;
-};
-
 }  // namespace dpcomm

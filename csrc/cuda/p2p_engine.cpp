@@ -196,7 +196,7 @@ std::shared_ptr<Pending> P2pEngine::enqueue(const Call& call, uintptr_t stream) 
   look();                                                                      // again: who has left before this call?
   if (failed()) throw cause_error(&call);
   auto launch = enter(call, reinterpret_cast<cudaStream_t>(stream));
-  count(call);
+  count(*launch);
   return std::make_shared<OnStream>(*this, std::move(launch));
 }
 
@@ -218,14 +218,16 @@ void P2pEngine::absent(const std::vector<int>& ranks) {
   team_->give_up();
 }
 
-void P2pEngine::count(const Call& call) {
+// `launch` is one that this rank has entered: what it says of this rank stays as it is.
+void P2pEngine::count(const DeviceTeam::Launch& launch) {
+  const Header& header = launch.headers[size_t(here_)];
+  const Segment& last = launch.segments[size_t(here_)].back();
+  const int64_t groups = last.first_group + groups_of(last.elems);
   const std::lock_guard lock(stats_mutex_);
-  int64_t elems = 0, groups = 0;
-  for (const int64_t n : call.counts) elems += n, groups += groups_of(n);
   ++stats_.calls;
-  stats_.input_bytes += elems * element_bytes(call.dtype);
+  stats_.input_bytes += header.numel * element_bytes(Dtype(header.dtype));
   stats_.wire_bytes +=
-      wire_groups(header_of(call, groups, nranks()), groups, rank_, nranks()) * group_bytes(call.dtype, call.codec);
+      wire_groups(header, groups, rank_, nranks()) * group_bytes(Dtype(header.dtype), CodecKind(header.codec));
 }
 
 void P2pEngine::abort(const std::string& reason) {

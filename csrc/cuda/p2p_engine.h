@@ -90,7 +90,7 @@ class P2pEngine final : public Engine {
   Failure first_cause() const;
   std::shared_ptr<DeviceTeam::Launch> enter(const Call& call, cudaStream_t stream);
   void absent(const std::vector<int>& ranks);
-  void count(const Call& call);
+  void count(const DeviceTeam::Launch& launch);
 
   // p2p_errors.cpp
   [[noreturn]] void throw_cuda(const Error& error, const Call& call, uintptr_t stream);
