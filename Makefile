@@ -15,7 +15,7 @@ cpp_sources = $(shell find csrc tests/cpp benchmarks/cpp -name '*.h' -o -name '*
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint bench bench-smoke bench-train gpu-check gpu-static format clean
+.PHONY: help venv demo test lint bench bench-smoke bench-train bench-network gpu-check gpu-static format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +56,9 @@ bench-smoke: venv ## ratios to gloo beside the committed ones, as information; u
 
 bench-train: venv ## step times of data-parallel training, dpcomm against stock DDP; under 8 minutes
 	$(BIN)/python benchmarks/train.py --out benchmarks/results
+
+bench-network: venv ## dpcomm between hosts that are network namespaces, beside gloo; as root; about 20 minutes
+	$(BIN)/python benchmarks/network.py
 
 gpu-check: venv ## build and run what needs a GPU; stops at once where there is none
 	$(BIN)/python benchmarks/gpu_check.py

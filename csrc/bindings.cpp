@@ -1,4 +1,7 @@
-// The only file that includes pybind11. It hands things on and has no logic of its own.
+// The extension. bindings*.cpp are the only files that include pybind11; they hand things on and have no logic of their
+// own.
+#include "bindings.h"
+
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -160,6 +163,7 @@ py::dict describe(Queue& queue) {
   d["pids"] = s.pids;
   d["sequence"] = s.sequence;
   d["rejected_connections"] = s.rejected_connections;
+  d["aside_bytes"] = s.aside_bytes;
   if (s.device < 0) return d;
   d["device"] = s.device;
   d["device_name"] = s.device_name;
@@ -266,10 +270,11 @@ void add_functions(py::module_& m) {
       py::arg("elems"), py::arg("dtype"), py::arg("codec"));
   m.def(
       "choose_algorithm",
-      [](int64_t elems, int dtype, int codec, int nranks) {
-        return int(choose_algorithm((elems + kGroup - 1) / kGroup, Dtype(dtype), CodecKind(codec), nranks));
+      [](int64_t elems, int dtype, int codec, int nranks, bool network) {
+        return int(choose_algorithm((elems + kGroup - 1) / kGroup, Dtype(dtype), CodecKind(codec), nranks,
+                                    network ? Reach::network : Reach::memory));
       },
-      py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("nranks"));
+      py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("nranks"), py::arg("network"));
   m.def("local_group", &local_group, py::arg("nranks"), py::arg("wish"), py::arg("timeout_s"), py::arg("simd"),
         py::arg("name"));
 }
@@ -449,4 +454,5 @@ PYBIND11_MODULE(_native, m) {
   add_functions(m);
   add_cuda(m);
   add_classes(m);
+  add_carried(m);
 }

@@ -55,6 +55,8 @@ const char* name_of(Algorithm algorithm) {
       return "oneshot";
     case Algorithm::ring:
       return "ring";
+    case Algorithm::carrier:
+      return "carrier";
   }
   return "?";
 }

@@ -44,6 +44,7 @@ struct Description {
   std::string engine, simd, store;
   int64_t arena_bytes = 0, slot_bytes = 0;
   int slots = 0, channels = 1, rejected_connections = 0;
+  int64_t aside_bytes = 0;  // from which size on a carrier's own all-reduce takes what no codec encodes; 0: never
   uint64_t sequence = 0;
   std::vector<int> pids;
   // Of a device:
@@ -72,6 +73,10 @@ class Engine {
   virtual int rank() const = 0;
   virtual int nranks() const = 0;
   virtual bool in_forked_child() const = 0;  // then nothing but throwing ForkError is allowed
+
+  // Calls run on a thread that serves the queue from outside (Queue::serve) and nowhere else: they may take locks that
+  // the caller's thread must not wait for, such as Python's.
+  virtual bool served_from_outside() const { return false; }
 
   // Returns with the same bytes on every rank, or throws; after a throw the communicator is poisoned on all ranks (but
   // for errors of a wrong argument) and user memory is not touched again. Never waits without a deadline.

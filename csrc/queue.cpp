@@ -81,6 +81,7 @@ auto Queue::in_turn(const Call& call, Body body) {
 
 void Queue::run(const Call& call) {
   if (in_forked_child()) return engine_->allreduce(call);  // throws ForkError
+  if (engine_->served_from_outside()) return run_outside(call);
   in_turn(call, [&] { engine_->allreduce(call); });
 }
 
@@ -93,10 +94,35 @@ std::shared_ptr<Job> Queue::submit(Call call) {
   auto job = std::make_shared<Job>(std::move(call));
   if (in_forked_child()) engine_->allreduce(job->call);  // throws ForkError
   const std::lock_guard lock(mutex_);
-  if (!worker_ && !closing_) worker_ = std::make_unique<std::thread>([this] { work(); });
+  if (!worker_ && !closing_ && !engine_->served_from_outside())
+    worker_ = std::make_unique<std::thread>([this] { work(); });
   jobs_.emplace_back(take_ticket(), job);  // after what may fail: a ticket that nobody serves would stop the queue
   changed_.notify_all();
   return job;
+}
+
+// The call's end is bounded, as an aborted call's is.
+void Queue::run_outside(const Call& call) {
+  const std::shared_ptr<Job> job = submit(call);
+  bool given_up = false;
+  while (!job->wait(0.1)) {
+    if (given_up || !call.interrupted || !call.interrupted()) continue;
+    given_up = true;
+    engine_->abort("interrupted");
+  }
+  if (job->error()) std::rethrow_exception(job->error());
+}
+
+void Queue::serve() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (stop_) return;
+    serving_outside_ = true;
+  }
+  work();
+  const std::lock_guard lock(mutex_);
+  serving_outside_ = false;
+  changed_.notify_all();
 }
 
 void Queue::work() {
@@ -141,6 +167,7 @@ void Queue::close(double grace_s) {
     stop_ = true;
     worker = std::move(worker_);
     changed_.notify_all();
+    changed_.wait(lock, [&] { return !serving_outside_; });
   }
   if (worker) worker->join();
   const std::lock_guard lock(mutex_);

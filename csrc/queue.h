@@ -41,6 +41,8 @@ class Queue {
 
   void run(const Call& call);
   std::shared_ptr<Job> submit(Call call);
+  // Runs all calls of an engine that is served from outside, until close(). Its thread calls it once.
+  void serve();
   // For engines of a device: in the caller's thread, which does not wait for the device.
   std::shared_ptr<Pending> enqueue(const Call& call, uintptr_t stream);
   // Refuses new calls, waits grace_s for those under way, then aborts them. Idempotent.
@@ -55,6 +57,7 @@ class Queue {
   void wait_turn(uint64_t ticket, const Call* call);
   void next_turn();
   void work();
+  void run_outside(const Call& call);
   bool in_forked_child() const;
 
   std::unique_ptr<Engine> engine_;
@@ -64,6 +67,7 @@ class Queue {
   std::deque<std::pair<uint64_t, std::shared_ptr<Job>>> jobs_;
   std::atomic<bool> closing_{false};
   bool stop_ = false, engine_closed_ = false;
+  bool serving_outside_ = false;         // serve() runs
   std::unique_ptr<std::thread> worker_;  // a pointer: in a forked child the thread is not there, and is let go of
 };
 

@@ -16,6 +16,7 @@ DTYPES: dict[str, int]  # "float32" "float64" "float16" "bfloat16" "int32" "int6
 OPS: dict[str, int]  # "sum" "mean" "min" "max"
 CODECS: dict[str, int]  # "none" "fp16"
 ALGORITHMS: dict[str, int]  # "auto" "direct" "oneshot" "ring"
+ARRIVALS: dict[str, int]  # how an exchange ended: "here" "late" "broken"
 
 def simd() -> list[str]:
     """Instruction sets usable on this processor, best first; the last is always "portable"."""
@@ -23,7 +24,7 @@ def simd() -> list[str]:
 def wire_bytes(elems: int, dtype: int, codec: int) -> int:
     """Bytes one copy of a segment of `elems` elements takes on the wire (whole groups of 256)."""
 
-def choose_algorithm(elems: int, dtype: int, codec: int, nranks: int) -> int:
+def choose_algorithm(elems: int, dtype: int, codec: int, nranks: int, network: bool) -> int:
     """What "auto" stands for at this size: the fixed table of docs/design.md."""
 
 class Job:
@@ -111,10 +112,41 @@ class Comm:
     def stats(self, reset: bool) -> dict[str, float]:
         """calls input_bytes wire_bytes put_s reduce_s get_s wait_s nonfinite_groups."""
     def describe(self) -> dict[str, object]:
-        """engine simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections.
+        """engine simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections
+        aside_bytes (from which size on a carrier adds up itself what no codec encodes; 0: never).
 
         Of engine p2p also device device_name arena ("device" or "pinned") max_ctas peers (a text for each rank).
         """
+
+class CarriedWish:
+    """What to ask an engine for whose messages something else carries; equal on all ranks."""
+
+    def __init__(self, scratch_bytes: int, slice_bytes: int = 0) -> None: ...
+
+class CarriedComm(Comm):
+    """A communicator whose messages a Python object carries (`carriers.Carrier`). Not usable before `verify`."""
+
+    def __init__(
+        self,
+        rank: int,
+        wish: CarriedWish,
+        pids: list[int],
+        hosts: list[str],
+        sockets: list[tuple[int, int]],
+        carrier: object,
+        simd: str,
+        engine: str,
+    ) -> None:
+        """Takes over the sockets: descriptors of two connections to each peer, control and headers; -1 for itself.
+
+        hosts: empty for ranks whose process numbers mean something here.
+        """
+    def verify(self, timeout_s: float, name: str) -> None:
+        """The first call, on all ranks at once, in the caller's thread."""
+    def serve(self) -> None:
+        """Runs the calls of all threads, until the communicator is closed."""
+    def wait_failed(self, timeout_s: float) -> bool:
+        """Waits until the communicator has failed; False when the time is up or it was closed."""
 
 class ShmWish:
     """What ranks ask the shm engine for; equal on all of them."""

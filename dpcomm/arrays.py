@@ -249,6 +249,11 @@ def _item(closely: Callable[[Array], Segment], x: Array, place: int) -> Segment:
         raise type(error)(f"{bare_message(error)} (item {place} of the list)") from None
 
 
+def bytes_at(address: int, count: int) -> torch.Tensor:
+    """Memory that somebody else keeps alive, as a uint8 tensor of at least one byte."""
+    return torch.frombuffer((ctypes.c_char * count).from_address(address), dtype=torch.uint8)
+
+
 def data_ptr(x: torch.Tensor) -> int:
     """A tensor's address.
 

@@ -7,7 +7,8 @@ probe      which ranks reach which               payload: one bit a rank
 bind       arenas are exchanged and mapped
 verify     first calls went through
 
-Where GPUs do not reach each other's memory, the last four come once more, as "allocate-pinned" and so on.
+Where GPUs do not reach each other's memory, the last four come once more, as "allocate-pinned" and so on; where ranks
+share no host, as "allocate-network" and so on.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from dpcomm import _native, environment, processors
+from dpcomm.carried import CarriedBuilder
 from dpcomm.errors import ArgumentError, Error, P2PUnavailableError, UnsupportedError, bare_message
-from dpcomm.options import Options
+from dpcomm.options import NETWORK_ENGINES, Options
 from dpcomm.records import Hello, bitmap, ranks_in
-from dpcomm.rendezvous import PINNED, Rendezvous, Site, hello_of
+from dpcomm.rendezvous import NETWORK, PINNED, Rendezvous, Site, hello_of
 
 logger = logging.getLogger("dpcomm")
 
@@ -62,7 +64,7 @@ def locate(group: Any, rank: int | None, nranks: int | None, store: Any) -> Site
         raise ArgumentError(
             f"Communicator: torch.distributed does not know this group ({error}). Pass rank=, nranks= and store=."
         ) from None
-    return Site(base, ranks.index(dist.get_rank()), len(ranks), f"ranks {ranks}", str(group.group_name))
+    return Site(base, ranks.index(dist.get_rank()), len(ranks), f"ranks {ranks}", str(group.group_name), group)
 
 
 def _own_site(rank: object, nranks: object, store: Any) -> Site:
@@ -77,15 +79,35 @@ def _own_site(rank: object, nranks: object, store: Any) -> Site:
     return Site(store, rank, nranks, "own", "")
 
 
-def build(site: Site, options: Options | Error) -> tuple[_native.Comm, int]:
+class Built(NamedTuple):
+    """A communicator's native half.
+
+    Attributes:
+        engine: Its engine.
+        why: Why that engine serves, in words.
+    """
+
+    comm: _native.Comm
+    engine: str
+    why: str
+
+
+class CannotShareError(UnsupportedError):
+    """Ranks that share no memory, on all ranks alike.
+
+    Attributes:
+        where: Which rank is on which host.
+    """
+
+    where = ""
+
+
+def build(site: Site, options: Options | Error) -> Built:
     """Builds the communicator of all ranks of a site; collective.
 
     Args:
         site: Where the ranks meet; has more than one.
         options: This rank's options, or why they were refused: the others learn it too.
-
-    Returns:
-        The native communicator, and its number among those of the same ranks.
 
     Raises:
         Error: The same on all ranks that arrived.
@@ -96,10 +118,13 @@ def build(site: Site, options: Options | Error) -> tuple[_native.Comm, int]:
         meeting.meet(hello_of(site, accepted))
         payloads = meeting.stage("validate", lambda: _validate(meeting, options))
         assert accepted is not None  # else `validate` has raised
-        if accepted.serving == "shm":
-            return _build_shm(meeting, accepted), meeting.number
-        channels = min(int.from_bytes(payload, "little") for payload in payloads)
-        return _build_p2p(meeting, accepted, channels), meeting.number
+        why = "" if accepted.engine == "auto" else "asked for"
+        if accepted.serving in NETWORK_ENGINES:
+            return _build_carried(meeting, accepted, accepted.serving, site.group, why)
+        if accepted.serving == "p2p":
+            channels = min(int.from_bytes(payload, "little") for payload in payloads)
+            return Built(_build_p2p(meeting, accepted, channels), "p2p", why or "all ranks' data is on CUDA devices")
+        return _build_on_cpu(meeting, accepted, site.group, why)
     except BaseException as cause:
         meeting.give_up(cause)
         raise
@@ -112,7 +137,7 @@ def _validate(meeting: Rendezvous, options: Options | Error) -> bytes:
         raise UnsupportedError(
             f"{options.serving} engine supports at most {_native.MAX_RANKS} ranks, got {meeting.nranks}"
         )
-    if options.serving == "shm":
+    if options.serving != "p2p":
         return b""
     places = [(hello.boot_id, hello.pid_namespace, hello.pid, hello.ordinal) for hello in meeting.hellos]
     ranks_here = places.count(places[meeting.rank])
@@ -123,6 +148,25 @@ def _validate(meeting: Rendezvous, options: Options | Error) -> bytes:
 def p2p_wish(options: Options, pinned: bool) -> _native.P2pWish:
     """What to ask the p2p engine for."""
     return _native.P2pWish(options.arena_bytes, max_ctas=options.max_ctas, pinned=pinned)
+
+
+def _build_on_cpu(meeting: Rendezvous, options: Options, group: Any, why: str) -> Built:
+    """Engine shm; where ranks share no host, and may have another, gloo."""
+    try:
+        return Built(_build_shm(meeting, options), "shm", why or "all ranks share one host and their data is on CPU")
+    except CannotShareError as error:
+        if options.engine != "auto":
+            raise UnsupportedError(str(error)) from None
+        why = f"no shared memory: {error.where}"
+    if meeting.rank == 0:
+        logger.info("communicator #%d: engine gloo, since there is %s", meeting.number, why)
+    return _build_carried(meeting, options, "gloo", group, why)
+
+
+def _build_carried(meeting: Rendezvous, options: Options, engine: str, group: Any, why: str) -> Built:
+    meeting.begin_round(NETWORK)
+    comm = _build(meeting, options, lambda: CarriedBuilder(meeting, options, engine, group), NETWORK)
+    return Built(comm, engine, why)
 
 
 def _build_shm(meeting: Rendezvous, options: Options) -> _native.Comm:
@@ -239,7 +283,9 @@ def _check_reach(engine: str, reached: list[set[int]], hellos: list[Hello]) -> N
         f"ranks {ranks} on {hostname} (network namespace {namespace})"
         for (hostname, _, namespace), ranks in places.items()
     )
-    raise UnsupportedError(
+    error = CannotShareError(
         f"engine {engine} joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach "
-        f"rank {broken[0][1]}: {where}. This version has no engine between hosts; use stock DDP there."
+        f"rank {broken[0][1]}: {where}. Use engine='auto' or 'gloo', for data on CPU."
     )
+    error.where = where
+    raise error

@@ -41,7 +41,9 @@ class Communicator:
         device: Where all arrays lie: None or "cpu"; or a GPU, as torch.device, "cuda", "cuda:1" or its ordinal. Calls
             on a GPU are ordered as torch's own work is: behind what the current stream has, before what it gets.
         codec: What travels, "none" or "fp16"; calls may choose another.
-        engine: "auto", "shm" (on CPU) or "p2p" (on GPUs; without a device, the current one).
+        engine: "auto"; "shm" (on CPU, one host), "gloo" (on CPU, any hosts), "torch" (on CPU, any hosts, through a
+            process group like the given one) or "p2p" (on GPUs of one host; without a device, the current one). auto
+            takes shm or p2p, and on CPU gloo where the ranks share no host.
         algorithm: "auto", "direct", "oneshot" or "ring"; calls may choose another.
         timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
             first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.
@@ -78,25 +80,29 @@ class Communicator:
             options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, device, max_ctas)
         except Error as error:
             options = error  # told to all ranks before it is raised
-        native = None
-        if site.nranks > 1:
-            native, _ = bootstrap.build(site, options)
+        built = bootstrap.build(site, options) if site.nranks > 1 else None
         if isinstance(options, Error):
             raise options
-        self._set_up(native, site.rank, site.nranks, options)
+        self._set_up(built, site.rank, site.nranks, options)
 
     @classmethod
     def _from_native(cls, native: _native.Comm | None, rank: int, nranks: int, options: opt.Options) -> Communicator:
         """Wraps a native communicator that was built elsewhere (`init_local`)."""
         made = cls.__new__(cls)
-        made._set_up(native, rank, nranks, options)
+        built = None
+        if native is not None:
+            why = "all ranks live in this process" if options.engine == "auto" else "asked for"
+            built = bootstrap.Built(native, options.serving, why)
+        made._set_up(built, rank, nranks, options)
         return made
 
-    def _set_up(self, native: _native.Comm | None, rank: int, nranks: int, options: opt.Options) -> None:
+    def _set_up(self, built: bootstrap.Built | None, rank: int, nranks: int, options: opt.Options) -> None:
+        native = built.comm if built is not None else None
         self.rank, self.nranks = rank, nranks
         self.codec, self.algorithm, self.timeout_s = options.codec, options.algorithm, options.timeout_s
         self.device = torch.device(options.device_name)
-        self.engine = options.serving if native is not None else "none"
+        self.engine = built.engine if built is not None else "none"
+        self._why = built.why if built is not None else "one rank: nothing to move"
         self._options = options
         cap_bytes = options.bucket_cap_mb * 2**20
         self._calls: Calls
@@ -165,7 +171,7 @@ class Communicator:
         return {
             **native,
             "engine": self.engine,
-            "why": self._why(),
+            "why": self._why,
             "rank": self.rank,
             "nranks": self.nranks,
             "codec": self.codec,
@@ -275,26 +281,24 @@ class Communicator:
             native.close(grace_s)
         self._calls.release()
 
-    def _why(self) -> str:
-        """Why this engine."""
-        if self._built is None:
-            return "one rank: nothing to move"
-        if self._options.engine != "auto":
-            return "asked for"
-        where = "on CPU" if self._options.device == opt.CPU else "on CUDA devices"
-        return f"all ranks share one host and their data is {where}"
-
     def _bit_classes(self) -> list[dict[str, object]]:
         """From which number of float32 elements on which algorithm, and so which bits."""
         names = {code: name for name, code in _native.ALGORITHMS.items()}
         codec, dtype = _native.CODECS[self.codec], _native.DTYPES["float32"]
+        network = self.engine in opt.NETWORK_ENGINES
+        aside_bytes = self._built.describe()["aside_bytes"] if self._built is not None else 0
+        assert isinstance(aside_bytes, int)
         table: list[dict[str, object]] = []
         for exponent in range(41):
             name = self.algorithm
             if name == "auto":
-                name = names[_native.choose_algorithm(1 << exponent, dtype, codec, self.nranks)]
+                name = names[_native.choose_algorithm(1 << exponent, dtype, codec, self.nranks, network)]
+                if self.codec == "none" and aside_bytes and 4 << exponent >= aside_bytes:
+                    name = "carrier"
             if not table or table[-1]["algorithm"] != name:
-                bit_class = "ring" if name == "ring" else "rank_order"
+                bit_class = name if name in ("ring", "carrier") else "rank_order"
+                if name == "carrier" and self.nranks == 2:
+                    bit_class = "rank_order"  # two numbers have one sum
                 table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
 

@@ -25,6 +25,10 @@ def info() -> dict[str, Any]:
             "reason": no_gpu or f"CUDA tensors of up to {_native.MAX_RANKS} ranks of one host",
         },
     }
+    for name, how in (("gloo", "a gloo group of dpcomm's own"), ("torch", "a process group like the given one")):
+        reason = engine_reason(name)
+        text = f"CPU tensors of up to {_native.MAX_RANKS} processes of any hosts, through {how}"
+        engines[name] = {"usable": not reason, "reason": reason or text}
     engines |= {name: {"usable": False, "reason": engine_reason(name)} for name in LATER_ENGINES}
     return {
         "version": _native.version,

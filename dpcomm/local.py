@@ -50,6 +50,8 @@ def init_local(
     if nranks == 1:
         return [Communicator._from_native(None, 0, 1, options[0])]
     engine_name = options[0].serving
+    if engine_name in opt.NETWORK_ENGINES:
+        raise UnsupportedError(f"init_local: engine={engine_name!r} joins processes. Use engine='shm', or 'auto'.")
     if nranks > _native.MAX_RANKS:
         most = _native.MAX_RANKS
         raise UnsupportedError(f"init_local: {engine_name} engine supports at most {most} ranks, got {nranks}")

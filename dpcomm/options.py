@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ReduceOp
 
 from dpcomm import _native, environment
@@ -19,8 +20,9 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 ENCODED = ("float32", "float16", "bfloat16")  # what a codec other than none serves
 # Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
-ENGINES = ("auto", "shm", "p2p")
-LATER_ENGINES = ("nccl", "gloo", "torch")
+ENGINES = ("auto", "shm", "p2p", "gloo", "torch")
+NETWORK_ENGINES = ("gloo", "torch")
+LATER_ENGINES = ("nccl",)
 CPU = -1  # the ordinal of no GPU
 
 
@@ -52,7 +54,9 @@ class Options(NamedTuple):
 
     @property
     def serving(self) -> str:
-        """The engine that serves the device."""
+        """The engine to try: what was asked for, or what serves ranks of one host on this device."""
+        if self.engine != "auto":
+            return self.engine
         return "shm" if self.device == CPU else "p2p"
 
     @property
@@ -131,14 +135,16 @@ def choice(what: str, value: object, names: dict[str, int]) -> str:
 
 def engine_reason(engine: str) -> str:
     """Why an engine cannot be used here; "" where it can. Asks the CUDA driver about those of GPUs."""
-    if engine == "shm":
+    if engine in ("shm", "torch"):
         return ""
+    if engine == "gloo":
+        return "" if dist.is_gloo_available() else "this torch was built without gloo"
     if engine in ("p2p", "nccl"):
         reason = _native.cuda_reason()
         if reason:
             return f"CUDA not available: {reason}"
         return "" if engine == "p2p" else "this version of dpcomm has no engine nccl yet"
-    return "this version of dpcomm has no engine between hosts yet"
+    raise AssertionError(engine)
 
 
 def resolve(
@@ -186,6 +192,8 @@ def positive(what: str, value: object, limit: float) -> float:
 
 def _check_engine(engine: object) -> None:
     if engine in ENGINES:
+        if engine == "gloo" and (reason := engine_reason("gloo")):
+            raise ArgumentError(f"engine='gloo': {reason}. Use engine='torch', or another build of torch.")
         return
     if not isinstance(engine, str) or engine not in LATER_ENGINES:
         raise ArgumentError(f"unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
@@ -210,8 +218,8 @@ def _ordinal(device: object, engine: object) -> int:
         if engine == "p2p":
             raise ArgumentError(f"engine='p2p' moves data between GPUs, but {asked}. Use 'cuda', or engine='auto'.")
         return CPU
-    if engine == "shm":
-        raise ArgumentError(f"engine='shm' moves data between CPUs, but {asked}. Use 'cpu', or engine='auto'.")
+    if engine in ("shm", *NETWORK_ENGINES):
+        raise ArgumentError(f"engine={engine!r} moves data between CPUs, but {asked}. Use 'cpu', or engine='auto'.")
     reason = engine_reason("p2p")
     if reason:
         raise ArgumentError(f"{asked}: {reason}")

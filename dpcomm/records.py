@@ -18,7 +18,7 @@ from dpcomm import _native
 from dpcomm.errors import InternalError, VersionError
 
 MAGIC = b"dpcomm\r\n"
-PROTOCOL = 3
+PROTOCOL = 4
 PAYLOAD_BYTES = 64
 
 PREFIX = struct.Struct("<8sIII24s")

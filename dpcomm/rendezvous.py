@@ -28,11 +28,12 @@ from dpcomm.options import CPU, Options
 from dpcomm.processors import processor_set
 from dpcomm.records import PAYLOAD_BYTES, Hello, Outcome, bitmap, decode, encode, ranks_in
 
-# The second round is for GPUs whose memory cannot be shared: the same once more, with arenas in pinned host memory.
-PINNED = "-pinned"
+# Second rounds, the same stages once more: for GPUs whose memory cannot be shared, with arenas in pinned host memory;
+# for ranks that share no host, or want none, with an engine that goes through the network.
+PINNED, NETWORK = "-pinned", "-network"
 ROUND = ("allocate", "probe", "bind", "verify")
-STAGES = ("hello", "validate", *ROUND, *(name + PINNED for name in ROUND))
-LAST = ("verify", "verify" + PINNED)
+STAGES = ("hello", "validate", *(name + suffix for suffix in ("", PINNED, NETWORK) for name in ROUND))
+LAST = ("verify", "verify" + PINNED, "verify" + NETWORK)
 # A blocking Store.wait would ignore Ctrl-C, lock the store's client for other threads and, with TCPStore, log a
 # warning when its time is up; so the store is asked again and again, at intervals that grow from 0.5 to 20 ms.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.0005, 0.02
@@ -51,6 +52,7 @@ class Site(NamedTuple):
 
     Attributes:
         store: A torch.distributed.Store that all ranks of the group reach.
+        group: The process group; None where the user gave rank, nranks and store.
         members: What tells this group from others on the same store, equal on all its ranks.
         label: The group's name, for messages; ranks that meet compare it.
     """
@@ -60,24 +62,29 @@ class Site(NamedTuple):
     nranks: int
     members: str
     label: str
+    group: Any = None
 
 
 class Rendezvous:
     """One construction seen from one rank."""
 
     def __init__(self, site: Site, timeout_s: float) -> None:
-        self.rank, self.nranks, self._store = site.rank, site.nranks, site.store
+        self.rank, self.nranks, self.store = site.rank, site.nranks, site.store
         self.hellos: list[Hello] = []
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._next = 1  # the stage at which others would wait for this rank, if it gave up
         tag = hashlib.sha256(site.members.encode()).hexdigest()[:16]
-        self.number = int(self._ask(self._store.add, f"dpcomm/{tag}/count/{self.rank}", 1))
+        self.number = int(self._ask(self.store.add, f"dpcomm/{tag}/count/{self.rank}", 1))
         self._prefix = f"dpcomm/{tag}/{self.number}"
 
     def remaining_s(self) -> float:
         """Seconds to the deadline, at least one millisecond."""
         return max(self._deadline - time.monotonic(), 0.001)
+
+    def key(self, name: str) -> str:
+        """A prefix for keys of this construction alone."""
+        return f"{self._prefix}/{name}"
 
     def meet(self, hello: Hello) -> None:
         """Learns who the others are, and that they want the same.
@@ -142,14 +149,14 @@ class Rendezvous:
             return  # the store itself is gone; the cause is on its way to the user already
 
     def _publish(self, index: int, record: Hello | Outcome) -> None:
-        self._ask(self._store.set, f"{self._prefix}/{STAGES[index]}/{self.rank}", encode(record))
+        self._ask(self.store.set, f"{self._prefix}/{STAGES[index]}/{self.rank}", encode(record))
         self._next = len(STAGES) if STAGES[index] in LAST else index + 1
 
     def _fetch(self, index: int, rank: int) -> bytes:
         """Waits for one rank's record of a stage."""
         key = f"{self._prefix}/{STAGES[index]}/{rank}"
         pause, look = FIRST_PAUSE_S, time.monotonic() + LIVENESS_PERIOD_S
-        while not self._ask(self._store.check, [key]):
+        while not self._ask(self.store.check, [key]):
             now = time.monotonic()
             if now >= self._deadline:
                 raise self._timed_out(index)
@@ -158,12 +165,12 @@ class Rendezvous:
                 look = now + LIVENESS_PERIOD_S
             time.sleep(min(pause, max(self._deadline - now, 0.0)))
             pause = min(2 * pause, LAST_PAUSE_S)
-        return bytes(self._ask(self._store.get, key))
+        return bytes(self._ask(self.store.get, key))
 
     def _timed_out(self, index: int) -> Error:
         stage = STAGES[index]
         keys = [f"{self._prefix}/{stage}/{rank}" for rank in range(self.nranks)]
-        missing = tuple(rank for rank, key in enumerate(keys) if not self._ask(self._store.check, [key]))
+        missing = tuple(rank for rank, key in enumerate(keys) if not self._ask(self.store.check, [key]))
         return CommTimeoutError(
             f"communicator #{self.number}: ranks {list(missing)} did not reach stage '{stage}' in "
             f"{self._timeout_s:g} s. Does every rank of the group construct it, in the same order?",

@@ -1,4 +1,5 @@
-"""Plants one bug at a time into a copy of csrc/core and asks tests/cpp/core_probe.cpp whether it notices.
+"""Plants one bug at a time into a copy of a layer of csrc and asks a program of tests/cpp whether it notices: of
+csrc/core core_probe, of csrc/carried test_carried.
 
     python tests/mutants.py     prints a table
 
@@ -11,20 +12,23 @@ import hashlib
 import json
 import shlex
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import cpp_build
 
-PROBE = "tests/cpp/core_probe.cpp"
 FOLDER = cpp_build.FOLDER / "mutants"
-LANES = {"plain": "2", "tsan": "3"}
+# What is compiled anew, from a copy of csrc.
+SOURCES = {"core": "tests/cpp/core_probe.cpp", "carried": "csrc/carried/schedule.cpp"}
+# test_carried: each fifth call, and 5 s for what should take milliseconds.
+ARGUMENTS = {("core", "plain"): ["2"], ("core", "tsan"): ["3"], ("carried", "plain"): ["5", "5"]}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in a file of csrc/core; the run of that kind must fail."""
+    """`old` becomes `new` in a file of the layer; the run of that kind must fail."""
 
     name: str
     kind: str  # plain: the bits are wrong; tsan: they may be right, on this processor, this time
@@ -32,9 +36,15 @@ class Mutant:
     old: str = ""
     new: str = ""
     times: int = 1
+    layer: str = "core"
 
 
-CONTROLS = [Mutant("control", "plain"), Mutant("control", "tsan")]
+def schedule(name: str, old: str, new: str) -> Mutant:
+    """A bug in how csrc/carried orders steps and messages."""
+    return Mutant(name, "plain", "schedule.cpp", old, new, layer="carried")
+
+
+CONTROLS = [Mutant("control", "plain"), Mutant("control", "tsan"), Mutant("carried_control", "plain", layer="carried")]
 MUTANTS = [
     # ---- memory order and credits: only a race detector is sure to see them
     Mutant(
@@ -78,7 +88,7 @@ MUTANTS = [
         "take_without_waiting",
         "tsan",
         "direct.h",
-        "if (!wait_peers(lanes, t, kResult, number + 1)) return false;",
+        "if (!wait_peers(lanes, t, kResult, results + uint32_t(slice) + 1)) return false;",
         "if (load_acquire(t.failure) != 0) return false;",
     ),
     Mutant("ring_without_credits", "tsan", "ring.h", "if (sends && !wait_for_room()) return false;", ""),
@@ -161,8 +171,8 @@ MUTANTS = [
         "wrong_chunk",
         "plain",
         "direct.h",
-        "chunks.range(slice, owner);\n      put<Codec>",
-        "chunks.range(slice, t.rank);\n      put<Codec>",
+        "chunks.range(slice, owner);\n    put<Codec>",
+        "chunks.range(slice, t.rank);\n    put<Codec>",
     ),
     Mutant(
         "ring_starts_at_another_rank",
@@ -208,48 +218,95 @@ MUTANTS = [
         "return x != x ? x : y != y ? y : order(x) < order(y) ? x : y;",
         "return y != y ? x : x != x ? y : order(x) < order(y) ? x : y;",
     ),
+    # ---- steps and messages where a carrier moves them
+    schedule(
+        "given_into_another_slot",
+        "receive(peer, slot(t_, kGiven, peer, t_.rank, uint32_t(slice)), mine);",
+        "receive(peer, slot(t_, kGiven, peer, t_.rank, uint32_t(slice + 1)), mine);",
+    ),
+    schedule("reduced_before_it_arrived", "if (!arrived()) return;\n    const Range mine", "const Range mine"),
+    schedule(
+        "sent_before_it_is_reduced",
+        "if (mine.groups > 0) run({Step::Kind::reduce, t_.rank, slice, 0, 0, 0}, place != nullptr);\n    begin();",
+        "const struct Late {\n"
+        "      Player& player;\n"
+        "      const Step step;\n"
+        "      bool in_place;\n"
+        "      ~Late() { player.run(step, in_place); }\n"
+        "    } late{*this, {Step::Kind::reduce, t_.rank, slice, 0, 0, 0}, place != nullptr};\n    begin();",
+    ),
+    schedule("result_in_user_memory_only", "place != nullptr);", "values_travel_);"),
+    schedule("taken_from_another_owner", "run({Step::Kind::take, peer,", "run({Step::Kind::take, t_.rank,"),
+    schedule("own_gift_is_not_encoded", "if (!values_travel_ && mine.groups > 0) run(", "if (false) run("),
+    schedule("short_group_in_user_memory", "<= s.elems / kGroup", "<= (s.elems + kGroup - 1) / kGroup"),
+    schedule("codes_in_user_memory", "if (!values_travel_ || range.groups == 0)", "if (range.groups == 0)"),
+    schedule("oneshot_reduces_the_next_slice", "t_.rank, c - kAhead, 0", "t_.rank, c - kAhead + 1, 0"),
+    schedule("ring_receives_another_chunk", "ring_range(c, previous - turn)", "ring_range(c, t_.rank - turn)"),
+    schedule("ring_receives_into_another_slot", "previous, t_.rank, sent)", "previous, t_.rank, sent + 1)"),
+    schedule("ring_reads_one_slot_again", "if (turn > 0) ++read;", "if (turn > 1) ++read;"),
 ]
 
 
 def plant(mutant: Mutant, root: Path) -> None:
-    """Copies the core and its probe to root, with the bug in it.
+    """Copies the layers that the program is made anew from, and the core's probe, to root, with the bug in it.
 
     Raises:
         ValueError: the text to replace is not there as often as the mutant says.
     """
     shutil.rmtree(root, ignore_errors=True)
-    shutil.copytree(cpp_build.ROOT / "csrc" / "core", root / "csrc" / "core")
-    shutil.copytree(cpp_build.ROOT / "tests" / "cpp", root / "tests" / "cpp", ignore=shutil.ignore_patterns("test_*"))
+    for layer in {"core", mutant.layer}:
+        shutil.copytree(cpp_build.ROOT / "csrc" / layer, root / "csrc" / layer)
+    if mutant.layer == "core":
+        ignored = shutil.ignore_patterns("test_*")
+        shutil.copytree(cpp_build.ROOT / "tests" / "cpp", root / "tests" / "cpp", ignore=ignored)
     if not mutant.file:
         return
-    path = root / "csrc" / "core" / mutant.file
+    path = root / "csrc" / mutant.layer / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != mutant.times:
         raise ValueError(f"{mutant.name}: found {text.count(mutant.old)} times in {mutant.file}: {mutant.old!r}")
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
-def compile_command(kind: str, root: Path, program: Path) -> list[str]:
-    """How CMake compiles the probe, but from root, linked at once, and without optimisation: it is built many times."""
-    entries = json.loads((cpp_build.configure(kind) / "compile_commands.json").read_text())
-    (command,) = (shlex.split(e["command"]) for e in entries if e["file"] == str(cpp_build.ROOT / PROBE))
+def prepare(wanted: Iterable[Mutant]) -> None:
+    """What mutants share is built before their threads start."""
+    for mutant in wanted:
+        cpp_build.configure(mutant.kind)
+        linked(mutant)
+
+
+def linked(mutant: Mutant) -> list[Path]:
+    """What is taken as it was built for the test itself. Of a library the linker leaves out what it has already."""
+    if mutant.layer == "core":
+        return []
+    built = cpp_build.build(mutant.kind, ("test_carried",))
+    return [built / "CMakeFiles" / "test_carried.dir" / "test_carried.cpp.o", built / "libdpcomm_tested.a"]
+
+
+def compile_command(mutant: Mutant, root: Path, program: Path) -> list[str]:
+    """How CMake compiles the source, but from root, linked at once, without optimisation: it is built many times."""
+    source = str(cpp_build.ROOT / SOURCES[mutant.layer])
+    entries = json.loads((cpp_build.configure(mutant.kind) / "compile_commands.json").read_text())
+    (command,) = (
+        shlex.split(e["command"]) for e in entries if e["file"] == source and "dpcomm_host.dir" not in e["command"]
+    )
     output = command.index("-o")
     command = command[:output] + command[output + 2 :]
     command = [c.replace(str(cpp_build.ROOT), str(root)) for c in command if c != "-c"]
-    return [*command, "-O0", "-g0", "-w", "-pthread", "-o", str(program)]
+    return [*command, "-O0", "-g0", "-w", *map(str, linked(mutant)), "-pthread", "-o", str(program)]
 
 
-def fingerprint(root: Path, command: list[str]) -> str:
-    """Of everything the probe is made from."""
+def fingerprint(mutant: Mutant, root: Path, command: list[str]) -> str:
+    """Of everything the program is made from."""
     digest = hashlib.sha256(shlex.join(command).encode())
-    for path in sorted(root.rglob("*.*")):
+    for path in [*sorted(root.rglob("*.*")), *linked(mutant)]:
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def outcome(mutant: Mutant) -> tuple[int, str]:
-    """Status and output of the probe; status 0 means that the bug went unnoticed.
+    """Status and output of the program; status 0 means that the bug went unnoticed.
 
     Raises:
         AssertionError: it does not compile.
@@ -257,17 +314,18 @@ def outcome(mutant: Mutant) -> tuple[int, str]:
     root = FOLDER / f"{mutant.name}-{mutant.kind}"
     program, key = root.with_suffix(".out"), root.with_suffix(".key")
     plant(mutant, root)
-    command = compile_command(mutant.kind, root, program)
-    wanted = fingerprint(root, command)
+    command = compile_command(mutant, root, program)
+    wanted = fingerprint(mutant, root, command)
     if not (program.exists() and key.exists() and key.read_text() == wanted):
         cpp_build.must(command, 240)
         key.write_text(wanted)
     shutil.rmtree(root)
-    done = cpp_build.call([str(program), LANES[mutant.kind]], 60)
+    done = cpp_build.call([str(program), *ARGUMENTS[mutant.layer, mutant.kind]], 60)
     return done.returncode, done.stdout
 
 
 def main() -> None:
+    prepare([*CONTROLS, *MUTANTS])
     with ThreadPoolExecutor(2) as pool:
         for mutant, (status, output) in zip(
             [*CONTROLS, *MUTANTS], pool.map(outcome, [*CONTROLS, *MUTANTS]), strict=True

@@ -63,6 +63,7 @@ class Place:
     log: str
     store_port: int = 0  # of the TCPStore; 0: no process group
     env: dict[str, str] = field(default_factory=dict)
+    store_host: str = "127.0.0.1"
 
 
 def packed(value: Any) -> bytes | None:
@@ -92,7 +93,7 @@ def attempt(task: bytes, place: Place) -> Report:
 def join_group(place: Place) -> None:
     """A gloo process group over the parent's store, which outlives any rank."""
     limit = timedelta(seconds=30)
-    store = dist.TCPStore("127.0.0.1", place.store_port, is_master=False, timeout=limit)  # type: ignore[attr-defined]
+    store = dist.TCPStore(place.store_host, place.store_port, is_master=False, timeout=limit)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.nranks)
 
 

@@ -2,6 +2,7 @@
 
     pool(2).run(function, *args)     function(rank, nranks, *args) on every rank, returns the results in rank order
     fresh(3, function, *args)        new processes; returns what became of each, death included
+    placement=Placement(net, (0, 0, 1))   of both: on hosts of networks.py instead of this one
 
 `function` is a module-level function, called with a gloo process group initialised. Nothing here waits without an end:
 after `deadline_s` a rank writes all its stacks and exits, and the caller gets them in a DeadlineError.
@@ -19,21 +20,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from rank_process import Failure, Place, Report
+
+if TYPE_CHECKING:
+    from hosts import Hosts
 
 START_S = 50.0  # ranks import torch, several at a time on few cores
 DEADLINE_S = 45.0  # below the deadline of a test, which ends the whole run
 GRACE_S = 5.0  # for the others once a rank of a pool has failed, and for writing stacks
 WORKER = "import json, sys; from rank_process import Place, main; main(Place(**json.loads(sys.argv[1])))"
 DEFAULT_ENV = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-
+PLACED_ENV = {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # addresses there have no names: c10d warns
 
 Environment = Mapping[str, str] | Sequence[Mapping[str, str]]  # of all ranks, or one for each
 
@@ -44,6 +48,14 @@ class RankError(RuntimeError):
 
 class DeadlineError(RankError, TimeoutError):
     """Ranks did not finish in time; the text carries the stacks of all of them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """On which of these hosts each rank is."""
+
+    net: Hosts
+    hosts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,9 @@ class Outcome:
 class Member:
     """One process, leader of a session of its own so that its forked children can be ended with it."""
 
-    def __init__(self, place: Place, parent: Connection, child: Connection) -> None:
+    def __init__(self, place: Place, parent: Connection, child: Connection, prefix: Sequence[str] = ()) -> None:
         env = {**os.environ, **DEFAULT_ENV, **place.env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-c", WORKER, json.dumps(asdict(place))]
+        command = [*prefix, sys.executable, "-c", WORKER, json.dumps(asdict(place))]
         self.process = subprocess.Popen(command, env=env, pass_fds=[child.fileno()], start_new_session=True)
         child.close()
         self.rank, self.log, self.pipe = place.rank, Path(place.log), parent
@@ -100,18 +112,32 @@ class Member:
         return f"--- rank {self.rank} (pid {self.pid}, exit {self.exitcode()})\n{self.log.read_text() or '(no stacks)'}"
 
 
-def serve_store() -> Any:
+def serve_store(net: Hosts | None = None) -> Any:
     """The rendezvous of a process group. It lives in the parent, so no rank's death takes it away."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    if net is not None:
+        return net.inside(lambda: listen(net.store_host))
+    return listen(Place.store_host)
+
+
+def listen(host: str) -> Any:
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
 class Crew:
     """The processes of one communicator's ranks, from start to end."""
 
-    def __init__(self, nranks: int, *, process_group: bool = True, env: Environment | None = None) -> None:
-        self.nranks = nranks
+    def __init__(
+        self,
+        nranks: int,
+        *,
+        process_group: bool = True,
+        env: Environment | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        assert placement is None or len(placement.hosts) == nranks, f"{nranks} ranks, but {placement}"
+        self.nranks, self.placement = nranks, placement
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self.store = serve_store() if process_group else None
+        self.store = serve_store(placement.net if placement else None) if process_group else None
         self.members: list[Member] = []
         try:
             for rank in range(nranks):
@@ -126,8 +152,14 @@ class Crew:
         parent, child = Pipe()
         log = Path(self.folder.name, f"rank{rank}.log")
         log.touch()
-        port = self.store.port if self.store is not None else 0
-        return Member(Place(rank, self.nranks, child.fileno(), str(log), port, env), parent, child)
+        place = Place(
+            rank, self.nranks, child.fileno(), str(log), self.store.port if self.store is not None else 0, env
+        )
+        if self.placement is None:
+            return Member(place, parent, child)
+        net = self.placement.net
+        place = replace(place, store_host=net.store_host, env={**PLACED_ENV, **env})
+        return Member(place, parent, child, net.command(self.placement.hosts[rank]))
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -197,8 +229,8 @@ def failed(outcome: Outcome) -> bool:
 class Pool:
     """Ranks that serve many calls. A failure of any rank ends them all: `pool` starts new ones for the next test."""
 
-    def __init__(self, nranks: int, *, env: Environment | None = None) -> None:
-        self.crew = Crew(nranks, env=env)
+    def __init__(self, nranks: int, *, env: Environment | None = None, placement: Placement | None = None) -> None:
+        self.crew = Crew(nranks, env=env, placement=placement)
         self.broken = False
 
     def run(self, function: Callable[..., Any], *args: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
@@ -238,20 +270,22 @@ class Pool:
         self.crew.end()
 
 
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, Placement | None], Pool] = {}
 
 
-def pool(nranks: int) -> Pool:
-    """The pool of this many ranks, started at its first use and after a failure."""
-    if nranks not in _pools or _pools[nranks].broken:
-        _pools[nranks] = Pool(nranks)
-    return _pools[nranks]
+def pool(nranks: int, placement: Placement | None = None) -> Pool:
+    """The pool of this many ranks at these places, started at its first use and after a failure."""
+    key = nranks, placement
+    if key not in _pools or _pools[key].broken:
+        _pools[key] = Pool(nranks, placement=placement)
+    return _pools[key]
 
 
 @atexit.register
-def close_pools() -> None:
-    while _pools:
-        _pools.popitem()[1].close()
+def close_pools(net: Hosts | None = None) -> None:
+    """All, or those that are on these hosts."""
+    for key in [k for k in _pools if net is None or (k[1] is not None and k[1].net is net)]:
+        _pools.pop(key).close()
 
 
 def fresh(
@@ -261,13 +295,14 @@ def fresh(
     deadline_s: float = DEADLINE_S,
     process_group: bool = True,
     env: Environment | None = None,
+    placement: Placement | None = None,
 ) -> list[Outcome]:
     """Calls function(rank, nranks, *args) in new processes, waits for their exit and says what became of each.
 
     Raises:
         DeadlineError: a rank was still at work at the deadline; the text carries the stacks of all.
     """
-    crew = Crew(nranks, process_group=process_group, env=env)
+    crew = Crew(nranks, process_group=process_group, env=env, placement=placement)
     try:
         crew.give(function, args, deadline_s, last=True)
         outcomes = crew.collect(deadline_s, until_exit=True)

@@ -16,22 +16,36 @@ pytestmark = pytest.mark.timeout(1500)
 
 DEADLINE_S = 160  # each program ends itself earlier
 ISAS = ["portable", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
-# Kind -> program -> arguments. Sanitizers are slow: they play every second call, and do not try all 2^32 floats.
+# Kind -> program -> arguments. Sanitizers are slow: they play some calls only, and do not try all 2^32 floats.
 PROGRAMS: dict[str, dict[str, list[str]]] = {
     "plain": {
         **{f"test_portable_{isa}": [] for isa in ISAS},
         "test_core": [],
         "test_shm": [],
         "test_os": [],
+        "test_control_plane": [],
+        "test_carried": [],
+        "test_carried_faults": [],
         "test_queue": [],
         "test_stores": [],
     },
-    "tsan": {"test_core": ["3", "2"], "test_shm": [], "test_os": [], "test_queue": []},
+    "tsan": {
+        "test_core": ["3", "2"],
+        "test_shm": [],
+        "test_os": [],
+        "test_control_plane": [],
+        "test_carried": ["4"],
+        "test_carried_faults": [],
+        "test_queue": [],
+    },
     "asan": {
         "test_portable_portable": ["251"],
         "test_core": ["0", "2"],
         "test_shm": [],
         "test_os": [],
+        "test_control_plane": [],
+        "test_carried": ["4"],
+        "test_carried_faults": [],
         "test_queue": [],
         "test_stores": [],
     },

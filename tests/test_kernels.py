@@ -30,6 +30,10 @@ pytestmark = [
 REGISTER = {"portable": "%xmm", "avx2": "%ymm", "avx512": "%zmm"}  # a full vector
 ISAS = tuple(REGISTER)
 isas = pytest.mark.parametrize("isa", ISAS)
+# What is compiled once per instruction set -> its entry. Steps have no streaming stores: what they write is sent next.
+LIBRARIES = {"kernels": "run", "steps": "run_step"}
+libraries = pytest.mark.parametrize("library", LIBRARIES)
+Commands = dict[tuple[str, str], tuple[list[str], Path]]  # (library, instruction set) -> command, object
 ALGORITHMS = ("direct", "oneshot", "ring")
 # What adds a vector of each codec's sums, without the v of AVX.
 ADDS = {
@@ -58,38 +62,40 @@ BIT_MANIPULATION = re.compile(r"andn|bextr|bls(i|r|msk)|bzhi|mulx|pdep|pext|rorx
 # --- the objects -----------------------------------------------------------------------------------------------------
 
 
-def read_commands(folder: Path) -> dict[str, tuple[list[str], Path]]:
-    """Instruction set -> the compiler's command and the object it makes, as CMake wrote them down."""
+def read_commands(folder: Path) -> Commands:
+    """The compiler's commands and the objects they make, as CMake wrote them down."""
     path = folder / "compile_commands.json"
     entries = json.loads(path.read_text()) if path.exists() else []
     found = {}
     for entry in entries:
         if isa := re.search(r"-DDPCOMM_ISA=(\w+)", entry["command"]):
             words = shlex.split(entry["command"])
-            found[isa[1]] = (words, Path(entry["directory"], words[words.index("-o") + 1]))
+            made = Path(entry["directory"], words[words.index("-o") + 1])
+            found[Path(entry["file"]).stem, isa[1]] = (words, made)
     return found
 
 
 @cache
-def commands() -> dict[str, tuple[list[str], Path]]:
+def commands() -> Commands:
+    wanted = {(library, isa) for library in LIBRARIES for isa in ISAS}
     installed = read_commands(ROOT / "build" / str(sysconfig.get_config_var("SOABI")))
-    if set(ISAS) <= {isa for isa, (_, path) in installed.items() if path.exists()}:
+    if wanted <= {key for key, (_, path) in installed.items() if path.exists()}:
         return installed
     folder = cpp_build.FOLDER / "kernels"
     options = ["-DDPCOMM_EXTENSION=OFF", "-DDPCOMM_CUDA=OFF"]
     cpp_build.must(["cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", *options], 120)
-    cpp_build.must(["cmake", "--build", str(folder), "--target", *(f"kernels_{isa}" for isa in ISAS)], 700)
+    cpp_build.must(["cmake", "--build", str(folder), "--target", *("_".join(key) for key in wanted)], 800)
     return read_commands(folder)
 
 
 @cache
-def kernels(isa: str) -> Object:
-    return Object(commands()[isa][1])
+def compiled(library: str, isa: str) -> Object:
+    return Object(commands()[library, isa][1])
 
 
 def compile_small(source: str, isa: str, folder: Path, *flags: str) -> Object:
     """An object of a few lines, with the flags of an instruction set's kernels and then others."""
-    words, _ = commands()[isa]
+    words, _ = commands()["kernels", isa]
     at = words.index("-o")
     folder.mkdir(exist_ok=True)
     text, made = folder / f"{isa}.cpp", folder / f"{isa}.o"
@@ -117,11 +123,13 @@ def foreign_symbols(objects: dict[str, Object]) -> list[str]:
     return complaints
 
 
-def test_instruction_sets_share_no_symbol() -> None:
-    objects = {isa: kernels(isa) for isa in ISAS}
+@libraries
+def test_instruction_sets_share_no_symbol(library: str) -> None:
+    objects = {isa: compiled(library, isa) for isa in ISAS}
     assert foreign_symbols(objects) == []
     for isa, made in objects.items():
-        assert any(s.kind == "T" and s.name.startswith(f"dpcomm::{isa}::run(") for s in made.symbols)
+        entry = f"dpcomm::{isa}::{LIBRARIES[library]}("
+        assert [s.name.startswith(entry) for s in made.symbols if s.kind == "T"] == [True]
 
 
 SHARED = """
@@ -160,10 +168,11 @@ def foreign_instructions(made: Object, isa: str) -> list[str]:
     return sorted(found)
 
 
+@libraries
 @isas
-def test_no_instruction_is_of_a_higher_set_or_fuses(isa: str) -> None:
+def test_no_instruction_is_of_a_higher_set_or_fuses(isa: str, library: str) -> None:
     """Fused multiply-adds round once where the reference rounds twice: none, even where the processor has them."""
-    assert foreign_instructions(kernels(isa), isa) == []
+    assert foreign_instructions(compiled(library, isa), isa) == []
 
 
 ARITHMETIC = """
@@ -196,7 +205,7 @@ def test_a_foreign_instruction_would_be_found(tmp_path: Path, isa: str, flags: l
 
 
 class Kernel:
-    """An algorithm and codec of kernels.cpp, compiled."""
+    """An algorithm and codec of kernels.cpp or steps.cpp, compiled."""
 
     def __init__(self, function: Function, isa: str, codec: str) -> None:
         self.name, self.isa, self.codec = plain(function.name, isa), isa, codec
@@ -217,10 +226,14 @@ class Kernel:
         return i.name.removeprefix("v") == ADDS[self.codec]
 
     def stores_plainly(self, i: Instruction) -> bool:
-        return PLAIN.fullmatch(i.name) is not None and self.fills_codes(i)
+        return (PLAIN.fullmatch(i.name) is not None and self.fills_codes(i)) or self.converts_into_memory(i)
 
     def streams(self, i: Instruction) -> bool:
         return STREAMING.fullmatch(i.name) is not None and self.fills_codes(i)
+
+    def converts_into_memory(self, i: Instruction) -> bool:
+        into = rf"\$\w+,{REGISTER[self.isa]}\d+,.*\(%(?!rsp|rbp).*\)"
+        return i.name == "vcvtps2ph" and re.fullmatch(into, i.operands) is not None
 
     def fills_codes(self, i: Instruction) -> bool:
         """A vector of codes goes to memory. It is half as wide as the vectors of the sum where 16 bits travel."""
@@ -246,7 +259,7 @@ def calls(loop: Loop) -> bool:
     return any(i.name.startswith("call") for i in loop)
 
 
-def slow_loops(kernel: Kernel) -> list[str]:
+def slow_loops(kernel: Kernel, library: str = "kernels") -> list[str]:
     """What is wrong with the loops that add and with those that store."""
     complaints = [] if kernel.adding else ["no loop adds vectors"]
     for loop in kernel.adding:
@@ -254,24 +267,29 @@ def slow_loops(kernel: Kernel) -> list[str]:
             complaints.append(f"the loop at {loop[0].address:#x} calls")
         if not all(REGISTER[kernel.isa] in i.operands for i in loop if kernel.adds(i)):
             complaints.append(f"the loop at {loop[0].address:#x} adds less than full vectors")
-    for how, wanted in (("plainly", kernel.stores_plainly), ("past the cache", kernel.streams)):
+    stores = {"plainly": kernel.stores_plainly, "past the cache": kernel.streams}
+    if library == "steps":
+        del stores["past the cache"]
+    for how, wanted in stores.items():
         if all(calls(loop) for loop in kernel.around(wanted)):
             complaints.append(f"no loop stores full vectors {how}")
     return [f"{kernel.isa}: {kernel.name}: {complaint}" for complaint in complaints]
 
 
+@libraries
 @isas
 @codecs
-def test_hot_loops_are_full_vectors_without_calls(isa: str, codec: str) -> None:
-    found = kernels_of(kernels(isa), isa, codec)
+def test_hot_loops_are_full_vectors_without_calls(isa: str, codec: str, library: str) -> None:
+    found = kernels_of(compiled(library, isa), isa, codec)
     assert len(found) >= len(ALGORITHMS)
-    assert [complaint for kernel in found for complaint in slow_loops(kernel)] == []
+    assert [complaint for kernel in found for complaint in slow_loops(kernel, library)] == []
 
 
+@libraries
 @isas
 @pytest.mark.parametrize("codec", ["None<Float16>", "Fp16<Float32>"])
-def test_halves_are_converted_by_instructions_where_there_are_any(isa: str, codec: str) -> None:
-    for kernel in kernels_of(kernels(isa), isa, codec):
+def test_halves_are_converted_by_instructions_where_there_are_any(isa: str, codec: str, library: str) -> None:
+    for kernel in kernels_of(compiled(library, isa), isa, codec):
         wide = {i.name for loop in kernel.loops for i in loop if REGISTER[isa] in i.operands}
         assert wide & CONVERSIONS == (set() if isa == "portable" else CONVERSIONS), kernel.name
         for loop in kernel.adding:

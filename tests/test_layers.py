@@ -14,11 +14,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CORE_SYSTEM = {"cstdint", "cstring", "cmath", "type_traits"}
 PORTABLE_SYSTEM = CORE_SYSTEM | {"immintrin.h", "cuda_fp16.h"}  # intrinsics are verbs of core/portable.h
-ENGINES = ("host", "cpu", "cuda", "nccl")
-# What an engine may include beyond itself and the system, from the root of csrc.
-ENGINE_MAY = ("core/", "host/", "engine.h", "error.h")
+ENGINE_MAY = ("core/", "host/", "carried/", "engine.h", "error.h")
+# What a layer above the core may include beyond itself and the system, from the root of csrc.
+MAY = {
+    "host": ("core/", "engine.h", "error.h"),
+    "carried": ("core/",),
+    "cpu": ENGINE_MAY,
+    "cuda": ENGINE_MAY,
+    "nccl": ENGINE_MAY,
+}
+BINDINGS = ("bindings.h", "bindings.cpp", "bindings_carried.cpp")
 PYTHON = re.compile(r"(pybind11|torch|ATen|c10|nanobind)/|Python\.h$")
-DEVICE = {"host": re.compile(r"cuda|nccl"), "cpu": re.compile(r"cuda|nccl"), "cuda": re.compile(r"nccl")}
+# System headers that a layer must not include. `carried` needs the C++ library only, whose names are plain words.
+FOREIGN = {
+    "host": re.compile(r"cuda|nccl"),
+    "carried": re.compile(r"[./]"),
+    "cpu": re.compile(r"cuda|nccl"),
+    "cuda": re.compile(r"nccl"),
+}
 # The core is pure arithmetic and flags: it never allocates, locks, throws or prints.
 CORE_NEVER = re.compile(r"\b(new|delete|malloc|calloc|realloc|free|throw|printf|fprintf|cout|cerr|mutex|abort|exit)\b")
 COMPILER_MACRO = re.compile(
@@ -74,13 +87,13 @@ def core_violations(path: Path, csrc: Path) -> Iterator[str]:
             yield f"core asks for {macro} outside portable.h"
 
 
-def engine_violations(path: Path, csrc: Path, engine: str) -> Iterator[str]:
-    """The rules of csrc/host, csrc/cpu, csrc/cuda and csrc/nccl."""
+def layer_violations(path: Path, csrc: Path, layer: str) -> Iterator[str]:
+    """The rules of csrc/host, csrc/carried, csrc/cpu, csrc/cuda and csrc/nccl."""
     for ours, name in includes(path, csrc):
-        if ours and not name.startswith((f"{engine}/", *ENGINE_MAY)):
-            yield f"{engine} includes {name}"
-        if not ours and engine in DEVICE and DEVICE[engine].search(name):
-            yield f"{engine} includes {name}"
+        if ours and not name.startswith((f"{layer}/", *MAY[layer])):
+            yield f"{layer} includes {name}"
+        if not ours and layer in FOREIGN and FOREIGN[layer].search(name):
+            yield f"{layer} includes {name}"
 
 
 def native_violations(root: Path) -> Iterator[str]:
@@ -91,12 +104,12 @@ def native_violations(root: Path) -> Iterator[str]:
         layer = where.parts[0]
         if layer == "core":
             yield from (f"{where}: {what}" for what in core_violations(path, csrc))
-        elif layer in ENGINES:
-            yield from (f"{where}: {what}" for what in engine_violations(path, csrc, layer))
+        elif layer in MAY:
+            yield from (f"{where}: {what}" for what in layer_violations(path, csrc, layer))
         for ours, name in includes(path, csrc):
-            if PYTHON.search(name) and not (where.as_posix() == "bindings.cpp" and name.startswith("pybind11/")):
+            if PYTHON.search(name) and not (where.as_posix() in BINDINGS and name.startswith("pybind11/")):
                 yield f"{where}: includes {name}"
-            if ours and name == "bindings.cpp":
+            if ours and name in BINDINGS and where.as_posix() not in BINDINGS:
                 yield f"{where}: includes {name}"
 
 
@@ -130,6 +143,7 @@ def test_layers_are_really_read() -> None:
     csrc = ROOT / "csrc"
     ours = {name for path in (csrc / "core").glob("*.h") for is_ours, name in includes(path, csrc.resolve()) if is_ours}
     assert "core/portable.h" in ours
+    assert (True, "core/steps.h") in set(includes(csrc / "carried" / "schedule.h", csrc.resolve()))
     assert ("pybind11/pybind11.h") in {name for _, name in includes(csrc / "bindings.cpp", csrc.resolve())}
     for name, word in zip(LOOK_INSIDE, ("data_ptr", "__cuda_array_interface__"), strict=True):
         assert word in (ROOT / name).read_text()
@@ -148,6 +162,15 @@ PLANTED = [
     ("csrc/core/tile.h", "#ifdef __CUDA_ARCH__\n#endif", "core/tile.h: core asks for __CUDA_ARCH__ outside portable.h"),
     ("csrc/host/arena.h", '#include "../cpu/wait.h"', "host/arena.h: host includes cpu/wait.h"),
     ("csrc/host/arena.h", "#include <cuda_runtime.h>", "host/arena.h: host includes cuda_runtime.h"),
+    ("csrc/host/arena.h", '#include "carried/schedule.h"', "host/arena.h: host includes carried/schedule.h"),
+    ("csrc/carried/schedule.h", '#include "../error.h"', "carried/schedule.h: carried includes error.h"),
+    ("csrc/carried/schedule.h", '#include "../engine.h"', "carried/schedule.h: carried includes engine.h"),
+    ("csrc/carried/schedule.h", '#include "host/arena.h"', "carried/schedule.h: carried includes host/arena.h"),
+    ("csrc/carried/schedule.h", '#include "../cpu/wait.h"', "carried/schedule.h: carried includes cpu/wait.h"),
+    ("csrc/carried/schedule.h", "#include <gloo/context.h>", "carried/schedule.h: carried includes gloo/context.h"),
+    ("csrc/carried/schedule.h", "#include <sys/socket.h>", "carried/schedule.h: carried includes sys/socket.h"),
+    ("csrc/carried/schedule.h", "#include <cuda_runtime.h>", "carried/schedule.h: carried includes cuda_runtime.h"),
+    ("csrc/core/tile.h", '#include "../carried/schedule.h"', "core/tile.h: core includes carried/schedule.h"),
     ("csrc/cpu/wait.h", '#include "../queue.h"', "cpu/wait.h: cpu includes queue.h"),
     ("csrc/cpu/wait.h", '#include "cuda/lanes.cuh"', "cpu/wait.h: cpu includes cuda/lanes.cuh"),
     ("csrc/cpu/wait.h", "#include <cuda_runtime.h>", "cpu/wait.h: cpu includes cuda_runtime.h"),
@@ -156,6 +179,9 @@ PLANTED = [
     ("csrc/nccl/engine.cpp", '#include "../cuda/lanes.cuh"', "nccl/engine.cpp: nccl includes cuda/lanes.cuh"),
     ("csrc/cpu/wait.h", "#include <Python.h>", "cpu/wait.h: includes Python.h"),
     ("csrc/cpu/wait.h", "#include <pybind11/pybind11.h>", "cpu/wait.h: includes pybind11/pybind11.h"),
+    ("csrc/carried/schedule.h", "#include <torch/all.h>", "carried/schedule.h: includes torch/all.h"),
+    ("csrc/bindings_carried.cpp", "#include <Python.h>", "bindings_carried.cpp: includes Python.h"),
+    ("csrc/cpu/wait.h", '#include "../bindings.h"', "cpu/wait.h: includes bindings.h"),
     ("csrc/queue.h", "#  include <pybind11/gil.h>", "queue.h: includes pybind11/gil.h"),
     ("csrc/bindings.cpp", "#include <torch/extension.h>", "bindings.cpp: includes torch/extension.h"),
     ("dpcomm/hook.py", "def f(x):\n    return x.data_ptr()", "dpcomm/hook.py:2: data_ptr"),
@@ -169,13 +195,17 @@ CLEAN = {
     "csrc/core/portable.h": "#include <immintrin.h>\n#ifdef __CUDACC__\n#endif\n",
     "csrc/core/tile.h": '#include "portable.h"\n#include <cmath>\n// never new, throw or printf; __AVX2__ neither\n',
     "csrc/host/arena.h": '#include "../core/tile.h"\n#include "../error.h"\n',
+    "csrc/carried/schedule.h": '#include "../core/tile.h"\n#include <vector>\n',
     "csrc/cpu/wait.h": '#include "../core/tile.h"\n#include "core/portable.h"\n#include <atomic>\n',
+    "csrc/cpu/carried_engine.h": '#include "../carried/schedule.h"\n#include "../host/arena.h"\n',
     "csrc/cuda/lanes.cuh": '#include "../core/tile.h"\n#include <cuda_runtime.h>\n',
     "csrc/nccl/engine.cpp": '#include "engine.h"\n#include <nccl.h>\n',
     "csrc/engine.h": '#include "error.h"\n',
     "csrc/error.h": "#include <string>\n",
     "csrc/queue.h": '#include "engine.h"\n',
-    "csrc/bindings.cpp": '#include <pybind11/pybind11.h>\n#include "cpu/wait.h"\n',
+    "csrc/bindings.h": "#include <pybind11/pybind11.h>\n",
+    "csrc/bindings.cpp": '#include "bindings.h"\n#include "cpu/wait.h"\n',
+    "csrc/bindings_carried.cpp": '#include "bindings.h"\n#include "cpu/carried_engine.h"\n',
     "dpcomm/arrays.py": "address = x.data_ptr()\n",
     "dpcomm/cuda_arrays.py": "stream = torch.cuda.current_stream().cuda_stream\n",
     "dpcomm/hook.py": "# data_ptr is for arrays.py\nbuffer.storage = None\n",

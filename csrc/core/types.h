@@ -11,7 +11,10 @@ constexpr uint32_t kLayout = 2;  // version of everything below csrc/core that t
 enum class Op : uint8_t { sum, mean, min, max };
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16, int32, int64 };
 enum class CodecKind : uint8_t { none, fp16 };
-enum class Algorithm : uint8_t { automatic, direct, oneshot, ring };
+// carrier: none of ours, what carries the messages adds up itself (csrc/carried). Chosen by automatic only.
+enum class Algorithm : uint8_t { automatic, direct, oneshot, ring, carrier };
+// What lies between the ranks: memory that all of them see, or something that takes a message to one peer.
+enum class Reach : uint8_t { memory, network };
 
 constexpr int64_t element_bytes(Dtype dtype) {
   switch (dtype) {
@@ -35,9 +38,16 @@ constexpr int64_t group_bytes(Dtype dtype, CodecKind codec) {
 
 // What "auto" stands for: a fixed table of data that are equal on all ranks. Its two entries give the same bits; ring
 // has bits of its own and is taken on request only.
-// oneshot reads (N-1) whole buckets and needs one hand-over instead of two: it pays while latency is everything.
-constexpr Algorithm choose_algorithm(int64_t groups, Dtype dtype, CodecKind codec, int nranks) {
-  return groups * group_bytes(dtype, codec) * nranks <= 64 * 1024 ? Algorithm::oneshot : Algorithm::direct;
+// oneshot reads (N-1) whole buckets and needs one hand-over instead of two: it pays while latency is everything. On a
+// network a hand-over costs as much as sending some tens of KiB, and oneshot sends (N-1)(N-2)/N buckets more than
+// direct: none, for two ranks, whose limit is the work of adding everything twice.
+constexpr Algorithm choose_algorithm(int64_t groups, Dtype dtype, CodecKind codec, int nranks, Reach reach) {
+  constexpr int64_t kib = 1024;
+  const int64_t bytes = groups * group_bytes(dtype, codec);
+  const bool small = reach == Reach::memory
+                         ? bytes * nranks <= 64 * kib
+                         : bytes <= 4096 * kib && bytes * (nranks - 1) * (nranks - 2) <= 64 * kib * nranks;
+  return small ? Algorithm::oneshot : Algorithm::direct;
 }
 
 }  // namespace dpcomm

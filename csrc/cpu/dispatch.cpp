@@ -7,14 +7,17 @@ namespace dpcomm {
 
 namespace portable {
 bool run(const KernelCall&);
-}
+void run_step(const StepCall&);
+}  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
 bool run(const KernelCall&);
-}
+void run_step(const StepCall&);
+}  // namespace avx2
 namespace avx512 {
 bool run(const KernelCall&);
-}
+void run_step(const StepCall&);
+}  // namespace avx512
 #endif
 
 const Isa* isas(int* count) {
@@ -23,10 +26,10 @@ const Isa* isas(int* count) {
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq"),
-       avx512::run},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::run},
+       avx512::run, avx512::run_step},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::run, avx2::run_step},
 #endif
-      {"portable", true, portable::run}};
+      {"portable", true, portable::run, portable::run_step}};
   *count = int(sizeof all / sizeof *all);
   return all;
 }

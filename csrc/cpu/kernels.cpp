@@ -34,6 +34,7 @@ static bool run_codec(const KernelCall& call) {
     case Algorithm::ring:
       return run_ring<Codec>(call);
     case Algorithm::automatic:
+    case Algorithm::carrier:
       break;  // the engine has chosen
   }
   return false;

@@ -1,6 +1,6 @@
 // One channel of one call of the core, dispatched to an instruction set. kernels.cpp is compiled once for each.
 #pragma once
-#include "store_policy.h"
+#include "steps.h"
 #include "wait.h"
 
 namespace dpcomm {
@@ -18,6 +18,7 @@ struct Isa {
   const char* name;
   bool usable;
   bool (*run)(const KernelCall&);  // false: failed, and the failure word says why
+  void (*run_step)(const StepCall&);
 };
 const Isa* isas(int* count);       // best first; the last is "portable"
 const Isa& isa(const char* name);  // by name, "" for the best usable; throws Error(argument)

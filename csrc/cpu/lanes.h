@@ -66,5 +66,29 @@ struct HostLanes {
   }
 };
 
+// The same, one step at a time: whoever runs the steps waits before and sends afterwards. in_place: what is reduced
+// goes into user memory only.
+template <bool in_place>
+struct StepLanes {
+  static constexpr bool puts_off = true;
+  template <class Codec>
+  static constexpr int vectors = Codec::scaled ? kGroup / kVec : 8;
+  Tally& tally;
+
+  int index() const { return 0; }
+  int count() const { return 1; }
+  bool sync(bool ok) const { return ok; }
+  Uniform<int32_t> group_max(Uniform<int32_t> m) const { return m; }
+  bool wait(Flag*, uint32_t, int) const { return true; }
+  void post(Flag*, uint32_t) const {}
+  void phase(Phase p) { tally.enter(p); }
+  void nonfinite_group() const { ++tally.nonfinite_groups; }
+
+  template <class T>
+  DPCOMM_HD void push(T* to, const Vec<T>& v) const {
+    if constexpr (!in_place) store(to, v);
+  }
+};
+
 }  // namespace DPCOMM_ISA
 }  // namespace dpcomm

@@ -21,10 +21,7 @@ constexpr int kYields = 500;
 void ShmEngine::allreduce(const Call& call) {
   refuse_fork();
   if (load_acquire(team_.failure) != 0) throw cause_error(&call);
-  if (!served(call))
-    throw Error(Code::unsupported, prefix(Code::unsupported, &call) +
-                                       "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec "
-                                       "none.");
+  if (!served(call)) throw failure_text().unserved(call);
   if (team_.nranks == 1) return;
   Bucket bucket{};
   const Header header = begin(call, bucket);
@@ -72,7 +69,7 @@ void ShmEngine::play(Channel& channel, const Team& team, const Bucket& bucket, c
 Header ShmEngine::begin(const Call& call, Bucket& bucket) {
   const int64_t groups = fill_segments(call, segments_);
   bucket = {segments_.data(), int64_t(segments_.size()), groups};
-  Header header = header_of(call, groups, team_.nranks);
+  Header header = header_of(call, groups, team_.nranks, Reach::memory);
   header.sequence = mine().sequence + 1;
   __atomic_store_n(&mine().sequence, header.sequence, __ATOMIC_RELAXED);  // peers read it for their messages only
   return header;
@@ -97,7 +94,7 @@ void ShmEngine::count(const Call& call, const Header& header, const Bucket& buck
   ++stats_.calls;
   stats_.input_bytes += header.numel * element_bytes(call.dtype);
   stats_.wire_bytes +=
-      wire_groups(header, bucket.groups, team_.rank, team_.nranks) * group_bytes(call.dtype, call.codec);
+      wire_groups(header, bucket.groups, team_.rank, team_.nranks, Reach::memory) * group_bytes(call.dtype, call.codec);
   stats_.put_s += tally.ns[int(Phase::put)] * 1e-9;
   stats_.reduce_s += tally.ns[int(Phase::reduce)] * 1e-9;
   stats_.get_s += tally.ns[int(Phase::get)] * 1e-9;

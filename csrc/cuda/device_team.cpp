@@ -100,7 +100,7 @@ std::shared_ptr<DeviceTeam::Launch> DeviceTeam::enter(int here, const Call& call
   const size_t at = size_t(here);
   const auto launch = next_of(here);
   const int64_t groups = fill_segments(call, launch->segments[at]);
-  launch->headers[at] = header_of(call, groups, geometry_.nranks);
+  launch->headers[at] = header_of(call, groups, geometry_.nranks, Reach::memory);
   launch->ready[at] = ready;
   launch->capturing = launch->capturing || capturing;
   if (++launch->entered < int(ranks_.size())) return launch;

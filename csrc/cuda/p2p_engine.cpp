@@ -181,10 +181,7 @@ void P2pEngine::allreduce(const Call&) {
 
 std::shared_ptr<Pending> P2pEngine::enqueue(const Call& call, uintptr_t stream) {
   refuse_fork();
-  if (!served(call))
-    throw Error(Code::unsupported, prefix(Code::unsupported, &call) +
-                                       "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec "
-                                       "none.");
+  if (!served(call)) throw failure_text().unserved(call);
   if (int64_t(call.counts.size()) > team_->most_tensors())
     throw Error(Code::unsupported, prefix(Code::unsupported, &call) + std::to_string(call.counts.size()) +
                                        " tensors in one call, and " + std::to_string(team_->most_tensors()) +
@@ -226,8 +223,8 @@ void P2pEngine::count(const DeviceTeam::Launch& launch) {
   const std::lock_guard lock(stats_mutex_);
   ++stats_.calls;
   stats_.input_bytes += header.numel * element_bytes(Dtype(header.dtype));
-  stats_.wire_bytes +=
-      wire_groups(header, groups, rank_, nranks()) * group_bytes(Dtype(header.dtype), CodecKind(header.codec));
+  stats_.wire_bytes += wire_groups(header, groups, rank_, nranks(), Reach::memory) *
+                       group_bytes(Dtype(header.dtype), CodecKind(header.codec));
 }
 
 void P2pEngine::abort(const std::string& reason) {

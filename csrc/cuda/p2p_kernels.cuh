@@ -27,6 +27,7 @@ const void* address(Algorithm algorithm) {
     case Algorithm::ring:
       return reinterpret_cast<const void*>(&p2p<Codec, Algorithm::ring>);
     case Algorithm::automatic:
+    case Algorithm::carrier:
       return nullptr;  // the engine has chosen
   }
   return nullptr;

@@ -218,6 +218,14 @@ Arena Arena::anonymous(size_t bytes, const std::string& system_root) {
   return arena;
 }
 
+Arena Arena::sparse(size_t bytes, size_t used, const std::string& system_root) {
+  check_memory(used, used, system_root);
+  Arena arena;
+  arena.bytes_ = bytes;
+  arena.map(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE);
+  return arena;
+}
+
 void Arena::map(int flags) {
   ForkHold hold;  // a child forked between the two calls would keep the mapping
   void* const at = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, flags, fd_.get(), 0);

@@ -28,6 +28,8 @@ class Arena {
   static Arena adopt(UniqueFd fd, size_t bytes);
   // For ranks that are threads of this process.
   static Arena anonymous(size_t bytes, const std::string& system_root = "");
+  // For this rank alone: addresses of `bytes`, of which at most `used` are ever touched.
+  static Arena sparse(size_t bytes, size_t used, const std::string& system_root = "");
 
   Arena(Arena&& other) noexcept;
   Arena& operator=(Arena&& other) noexcept;

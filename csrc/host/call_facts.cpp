@@ -29,7 +29,7 @@ int64_t fill_segments(const Call& call, std::vector<Segment>& table) {
   return groups;
 }
 
-Header header_of(const Call& call, int64_t groups, int nranks) {
+Header header_of(const Call& call, int64_t groups, int nranks, Reach reach) {
   Header header{};
   for (const int64_t n : call.counts) header.numel += n;
   header.layout = hash_counts(call.counts);
@@ -39,7 +39,7 @@ Header header_of(const Call& call, int64_t groups, int nranks) {
   header.dtype = uint8_t(call.dtype);
   header.codec = uint8_t(call.codec);
   const bool open = call.algorithm == Algorithm::automatic;
-  header.algorithm = uint8_t(open ? choose_algorithm(groups, call.dtype, call.codec, nranks) : call.algorithm);
+  header.algorithm = uint8_t(open ? choose_algorithm(groups, call.dtype, call.codec, nranks, reach) : call.algorithm);
   return header;
 }
 
@@ -47,9 +47,12 @@ int parts_of(const Header& header, int nranks) {
   return Algorithm(header.algorithm) == Algorithm::oneshot ? 1 : nranks;
 }
 
-int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks) {
-  if (Algorithm(header.algorithm) != Algorithm::ring) return groups;
+int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks, Reach reach) {
+  const Algorithm algorithm = Algorithm(header.algorithm);
+  const int64_t copies = reach == Reach::memory ? 1 : nranks - 1;  // of what all peers get
+  if (algorithm == Algorithm::oneshot) return groups * copies;
   const Chunks chunks = Chunks::cut(groups, nranks, 1);
+  if (algorithm == Algorithm::direct) return groups + (copies - 1) * chunks.chunk(rank).groups;
   const auto ahead = [&](int by) { return chunks.chunk((rank + by) % nranks).groups; };
   return 2 * groups - ahead(1) - ahead(2);
 }

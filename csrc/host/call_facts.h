@@ -15,13 +15,14 @@ bool served(const Call& call);
 int64_t fill_segments(const Call& call, std::vector<Segment>& table);
 
 // All but the sequence number. The algorithm is chosen where the call leaves it open.
-Header header_of(const Call& call, int64_t groups, int nranks);
+Header header_of(const Call& call, int64_t groups, int nranks, Reach reach);
 
 // Chunks that the algorithm cuts a bucket into.
 int parts_of(const Header& header, int nranks);
 
-// Groups that this rank writes for others. direct: every other rank's chunk and the result of its own; oneshot: its
-// whole contribution. ring: all chunks on the way to the sum, all but two of them on the way back.
-int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks);
+// Groups that this rank writes for others, or sends. direct: every other rank's chunk and the result of its own;
+// oneshot: its whole contribution; in memory both are written once for all, a network takes them to each peer. ring:
+// all chunks on the way to the sum, all but two of them on the way back.
+int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks, Reach reach);
 
 }  // namespace dpcomm

@@ -108,6 +108,17 @@ std::string FailureText::prefix(Code code, const Call* call) const {
   return text + ": ";
 }
 
+Error FailureText::unserved(const Call& call) const {
+  return Error(Code::unsupported,
+               prefix(Code::unsupported, &call) +
+                   "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec none.");
+}
+
+std::string FailureText::process(int r) const {
+  const std::string text = "pid " + std::to_string(pids[size_t(r)]);
+  return hosts.empty() || hosts[size_t(r)].empty() ? text : text + " on " + hosts[size_t(r)];
+}
+
 Error FailureText::explain(const Failure& f, const Call* call, bool here) const {
   const std::string seq = std::to_string(shown(f.sequence)), who = "rank " + std::to_string(f.rank);
   Code code = Code::aborted;
@@ -126,8 +137,8 @@ Error FailureText::explain(const Failure& f, const Call* call, bool here) const 
                                      std::to_string(shown(control->closed[f.rank] - 1));
       break;
     case Cause::peer_died:
-      code = Code::peer_lost, what = who + " (pid " + std::to_string(pids[f.rank]) +
-                                     ") disappeared; check its output, and dmesg for the OOM killer";
+      code = Code::peer_lost,
+      what = who + " (" + process(f.rank) + ") disappeared; check its output, and dmesg for the OOM killer";
       break;
     case Cause::timeout:
       code = Code::timeout, what = waiting_text(f, &waiting) + " at seq " + seq;
@@ -169,8 +180,9 @@ std::string FailureText::waiting_text(const Failure& f, std::vector<int>* ranks)
     if ((late >> r & 1) == 0) continue;
     if (!ranks->empty()) text += ", ";
     ranks->push_back(r);
-    text += "rank " + std::to_string(r) + " (pid " + std::to_string(pids[size_t(r)]) + ", state " +
-            process_state(pids[size_t(r)]) + ", last seq " + std::to_string(shown(last_sequence(r))) + ")";
+    text += "rank " + std::to_string(r) + " (" + process(r);
+    if (hosts.empty() || hosts[size_t(r)].empty()) text += ", state " + process_state(pids[size_t(r)]);
+    text += ", last seq " + std::to_string(shown(last_sequence(r))) + ")";
   }
   char limit[48];
   std::snprintf(limit, sizeof limit, " for %g s", timeout_s);

@@ -15,21 +15,25 @@ struct FailureText {
   std::string name;  // of the communicator
   double timeout_s;
   const ControlPage* control;
-  std::vector<int> pids;  // by rank
-  uint64_t sequence;      // calls that this rank has begun
-  uint64_t uncounted;     // of them, those that users never hear of
+  std::vector<int> pids;           // by rank
+  std::vector<std::string> hosts;  // by rank; empty: this host. None at all: all are on this host
+  uint64_t sequence;               // calls that this rank has begun
+  uint64_t uncounted;              // of them, those that users never hear of
   // What a rank announced for a call; false where it cannot be known any more.
   std::function<bool(int rank, uint32_t sequence, Header* header)> header;
   std::function<uint64_t(int rank)> last_sequence;
 
   // "[dpcomm:TIMEOUT] rank 0/2 comm=ab12 seq=17 allreduce(sum, float32, 4): "
   std::string prefix(Code code, const Call* call) const;
+  // Where a codec does not serve the call's dtype or operation.
+  Error unserved(const Call& call) const;
   // `here`: the caller is told the cause itself, if it is a fact about the group; else that it was aborted, and why.
   Error explain(const Failure& failure, const Call* call, bool here) const;
 
  private:
   uint64_t shown(uint64_t number) const { return number - uncounted; }
   std::string field_values(const Failure& failure) const;
+  std::string process(int rank) const;  // "pid 4711", "pid 4711 on node3"
   std::string waiting_text(const Failure& failure, std::vector<int>* ranks) const;
 };
 

@@ -51,10 +51,23 @@ Watchdog& Watchdog::instance() {
 }
 
 uint64_t Watchdog::watch(int fd, std::function<void()> on_hangup) {
-  return add_watch({fd, std::move(on_hangup), nullptr});
+  return watch_bytes(fd, [fd, on_hangup = std::move(on_hangup)] {
+    if (!hung_up(fd)) return true;
+    on_hangup();
+    return false;
+  });
 }
 
-uint64_t Watchdog::tick(std::function<void()> on_tick) { return add_watch({-1, nullptr, std::move(on_tick)}); }
+uint64_t Watchdog::watch_bytes(int fd, std::function<bool()> on_readable) {
+  return add_watch({fd, false, std::move(on_readable)});
+}
+
+uint64_t Watchdog::tick(std::function<void()> on_tick) {
+  return add_watch({-1, true, [on_tick = std::move(on_tick)] {
+                      on_tick();
+                      return true;
+                    }});
+}
 
 uint64_t Watchdog::add_watch(Watch watch) {
   static std::atomic<uint64_t> last_id{kWakeId};  // goes on counting in a forked child: no id means two things there
@@ -62,7 +75,7 @@ uint64_t Watchdog::add_watch(Watch watch) {
   if (!running_) start();
   const uint64_t id = last_id.fetch_add(1, std::memory_order_relaxed) + 1;
   const int fd = watch.fd;
-  const bool ticks = watch.on_tick != nullptr;
+  const bool ticks = watch.ticks;
   try {
     watches_.emplace(id, std::move(watch));
     if (!ticks) add(epoll_.get(), fd, id);
@@ -82,8 +95,8 @@ void Watchdog::forget(uint64_t id) {
   std::unique_lock lock(mutex_);
   const auto at = watches_.find(id);
   if (at != watches_.end()) {
-    if (at->second.fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
-    if (at->second.on_tick) --ticking_;
+    stop_polling(at->second);
+    if (at->second.ticks) --ticking_;
     gone = watches_.extract(at);
   }
   if (!running_ || std::this_thread::get_id() == thread_) return;
@@ -142,34 +155,43 @@ void Watchdog::look(uint64_t id, std::unique_lock<std::mutex>& lock) {
     return;
   }
   const auto at = watches_.find(id);
-  if (at == watches_.end() || at->second.fd < 0) return;  // forgotten since epoll_wait returned
-  if (!hung_up(at->second.fd)) return;
-  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, at->second.fd, nullptr);
-  at->second.fd = -1;
-  std::function<void()> on_hangup = std::move(at->second.on_hangup);
-  call(id, on_hangup, lock);
+  if (at != watches_.end() && at->second.fd >= 0) call(id, lock);  // else forgotten since epoll_wait returned
 }
 
 void Watchdog::tick_all(std::unique_lock<std::mutex>& lock) {
   for (uint64_t id = kWakeId;;) {  // by id: a callback may watch and forget
     auto at = watches_.upper_bound(id);
-    while (at != watches_.end() && !at->second.on_tick) ++at;
+    while (at != watches_.end() && !at->second.ticks) ++at;
     if (at == watches_.end()) return;
     id = at->first;
-    std::function<void()> on_tick = at->second.on_tick;
-    call(id, on_tick, lock);
+    call(id, lock);
   }
 }
 
-// What the callback has captured is gone before forget() returns.
-void Watchdog::call(uint64_t id, std::function<void()>& callback, std::unique_lock<std::mutex>& lock) {
+// What the callback has captured is gone before forget() returns, and goes without the lock: it may forget watches.
+void Watchdog::call(uint64_t id, std::unique_lock<std::mutex>& lock) {
+  std::function<bool()> callback = std::move(watches_.at(id).callback);
   calling_ = id;
   lock.unlock();
-  callback();
-  callback = nullptr;
+  const bool again = callback();
   lock.lock();
+  const auto at = watches_.find(id);
+  const bool kept = at != watches_.end();  // not forgotten meanwhile
+  if (kept && again) {
+    at->second.callback = std::move(callback);
+  } else {
+    if (kept) stop_polling(at->second);
+    lock.unlock();
+    callback = nullptr;
+    lock.lock();
+  }
   calling_ = 0;
   changed_.notify_all();
+}
+
+void Watchdog::stop_polling(Watch& watch) const {
+  if (watch.fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, watch.fd, nullptr);
+  watch.fd = -1;
 }
 
 void Watchdog::wake() const {

@@ -1,5 +1,5 @@
-// Tells when a peer's end of a socket closes, which is how a death shows, and looks after what nobody else looks at:
-// one thread per process for all communicators. Knows nothing of ranks.
+// Tells when a peer's end of a socket closes, which is how a death shows, or when it has said something, and looks
+// after what nobody else looks at: one thread per process for all communicators. Knows nothing of ranks.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -22,6 +22,10 @@ class Watchdog {
   // Bytes that arrive meanwhile are dropped. fd stays the caller's, open until forget() and watched once at a time.
   uint64_t watch(int fd, std::function<void()> on_hangup);
 
+  // The same for a caller who reads the socket itself: calls on_readable whenever there is something to read, the end
+  // included, until it returns false. It must not throw, and not wait.
+  uint64_t watch_bytes(int fd, std::function<bool()> on_readable);
+
   // Calls on_tick again and again, every kTickMs, from the watchdog's thread. It must not throw, and not wait.
   uint64_t tick(std::function<void()> on_tick);
   static constexpr int kTickMs = 100;
@@ -32,8 +36,9 @@ class Watchdog {
 
  private:
   struct Watch {
-    int fd;  // -1 once it has hung up, and for what ticks
-    std::function<void()> on_hangup, on_tick;
+    int fd;                          // -1 once it has hung up, and for what ticks
+    bool ticks;                      // else it waits for fd
+    std::function<bool()> callback;  // false: not again. Empty while it runs
   };
 
   explicit Watchdog(Watchdog* inherited) : generation_(fork_generation()), inherited_(inherited) {}
@@ -42,7 +47,8 @@ class Watchdog {
   uint64_t add_watch(Watch watch);
   void look(uint64_t id, std::unique_lock<std::mutex>& lock);
   void tick_all(std::unique_lock<std::mutex>& lock);
-  void call(uint64_t id, std::function<void()>& callback, std::unique_lock<std::mutex>& lock);
+  void call(uint64_t id, std::unique_lock<std::mutex>& lock);
+  void stop_polling(Watch& watch) const;
   void wake() const;
 
   const uint64_t generation_;

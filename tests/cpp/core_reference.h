@@ -62,16 +62,26 @@ struct Arithmetic<Float16> {
   static Acc widen(Float16 x) { return float(x); }
   static Float16 narrow(Acc x) { return Float16::nearest(x); }
 };
+// Whole numbers wrap; min and max look at them signed.
+template <>
+struct Arithmetic<int32_t> {
+  using Acc = uint32_t;
+  static Acc widen(int32_t x) { return uint32_t(x); }
+  static int32_t narrow(Acc x) { return int32_t(x); }
+};
 template <>
 struct Arithmetic<int64_t> {
-  using Acc = uint64_t;  // wraps; min and max look at it signed
+  using Acc = uint64_t;
   static Acc widen(int64_t x) { return uint64_t(x); }
   static int64_t narrow(Acc x) { return int64_t(x); }
 };
 
 template <class Acc>
 Acc lesser(Acc a, Acc b, bool greater_instead) {
-  if constexpr (std::is_integral_v<Acc>) return (int64_t(a) < int64_t(b)) != greater_instead ? a : b;
+  if constexpr (std::is_integral_v<Acc>) {
+    using Signed = std::make_signed_t<Acc>;
+    return (Signed(a) < Signed(b)) != greater_instead ? a : b;
+  }
   if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<Acc>::quiet_NaN();
   if (a == b) return std::signbit(a) != greater_instead ? a : b;  // -0 < +0
   return (a < b) != greater_instead ? a : b;

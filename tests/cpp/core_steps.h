@@ -153,6 +153,7 @@ class Step {
     if (dtype == Dtype::float64) return reduced_as<double>(s);
     if (dtype == Dtype::float16) return reduced_as<expected::Float16>(s);
     if (dtype == Dtype::bfloat16) return reduced_as<expected::Bfloat16>(s);
+    if (dtype == Dtype::int32) return reduced_as<int32_t>(s);
     if (dtype == Dtype::int64) return reduced_as<int64_t>(s);
     return reduced_as<float>(s);
   }

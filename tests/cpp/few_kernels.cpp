@@ -16,6 +16,17 @@ bool play(const KernelCall& call) {
   return all_reduce<Codec>(lanes, call.team, call.bucket, call.header);
 }
 
+template <class Codec, bool in_place>
+void play_step(const StepCall& call) {
+  StepLanes<in_place> lanes{call.tally};
+  all_reduce_step<Codec>(lanes, call.team, call.bucket, call.header, call.step);
+}
+
+template <class Codec>
+void play_plain_step(const StepCall& call) {
+  call.in_place ? play_step<Codec, true>(call) : play_step<Codec, false>(call);
+}
+
 }  // namespace
 
 namespace portable {
@@ -25,12 +36,20 @@ bool run(const KernelCall& call) {
   if (Dtype(call.header.dtype) == Dtype::int32) return play<None<Int32>>(call);
   std::abort();  // a test asks for what is not here
 }
+void run_step(const StepCall& call) {
+  if (CodecKind(call.header.codec) == CodecKind::fp16) return play_step<Fp16<Float32>, false>(call);
+  if (Dtype(call.header.dtype) == Dtype::float32) return play_plain_step<None<Float32>>(call);
+  if (Dtype(call.header.dtype) == Dtype::int32) return play_plain_step<None<Int32>>(call);
+  std::abort();
+}
 }  // namespace portable
 namespace avx2 {
 bool run(const KernelCall&) { std::abort(); }
+void run_step(const StepCall&) { std::abort(); }
 }  // namespace avx2
 namespace avx512 {
 bool run(const KernelCall&) { std::abort(); }
+void run_step(const StepCall&) { std::abort(); }
 }  // namespace avx512
 
 }  // namespace dpcomm

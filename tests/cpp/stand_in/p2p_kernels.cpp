@@ -54,6 +54,7 @@ const void* kernel_of(Algorithm algorithm) {
     case Algorithm::ring:
       return kernel<Codec, Algorithm::ring>();
     case Algorithm::automatic:
+    case Algorithm::carrier:
       return nullptr;
   }
   return nullptr;

@@ -1,0 +1,212 @@
+"""Table, page, picture and goals of all-reduces between hosts. It knows rows of results only, not how they were
+measured."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import network_plan as plans
+from analysis import label
+from goals import MIB, size_text
+from gpu_goals import Outcome
+from render import environment_text, table
+
+Row = dict[str, Any]
+Document = dict[str, Any]
+HEADS = [
+    ("hosts", 5),
+    ("rate", 8),
+    ("size", 8),
+    ("contestant", 18),
+    ("time(ms)", 10),
+    ("p95(ms)", 10),
+    ("vs gloo", 7),
+    ("rounds", 11),
+    ("sent(B)", 10),
+    ("counted(B)", 10),
+    ("of line", 7),
+    ("#wrong", 6),
+    ("error", 7),
+    ("calls", 5),
+]
+LEGEND = """\
+# time: median of the slowest rank; vs gloo: gloo's over this one's within a round, the median; rounds: least and most
+# sent: by the busiest rank in a call, as dpcomm counts it, for the others the least there is; counted: by its
+# interface, with headers; of line: bits sent over the time, over the rate; error: relative L2 against fp64"""
+HEAD = """# All-reduce between hosts
+
+Written by `benchmarks/network.py` from the JSON file beside it; do not edit. How it is measured and how to read it:
+[docs/benchmarks.md](../../docs/benchmarks.md#between-hosts). Hosts are network namespaces of one machine, which share
+its processors; their links are shaped both ways. float32, sum."""
+PICTURE_BYTES = 25 * MIB
+LARGE = 4 * MIB  # from here on the line is what counts
+OVER_GLOO_SHAPED, OVER_GLOO_UNSHAPED, LEAST_LINE_SHARE, NEVER_BELOW = 1.9, 1.2, 0.93, 0.95
+NEVER_SLOWER = ("none", "auto")  # codecs that promise it
+
+
+def header() -> str:
+    """The names of the columns."""
+    return "  ".join(name.rjust(width) for name, width in HEADS)
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells(row), HEADS, strict=True))
+
+
+def cells(row: Row) -> list[str]:
+    """One row as text, in the order of HEADS."""
+    return [
+        str(row["hosts"]),
+        plans.rate_text(row["gbit"]),
+        size_text(row["size_bytes"]),
+        label(row),
+        f"{row['median_ms']:.2f}",
+        f"{row['p95_ms']:.2f}",
+        f"{row['ratio']:.2f}",
+        f"{row['ratio_least']:.2f}-{row['ratio_most']:.2f}",
+        f"{row['sent_bytes']:.0f}",
+        f"{row['counted_bytes']:.0f}",
+        "-" if row["line_share"] is None else f"{row['line_share']:.1%}",
+        str(row["wrong"]),
+        f"{row['error']:.1e}",
+        str(row["calls"]),
+    ]
+
+
+def skipped_text(skipped: Row) -> str:
+    """Why a size has no times."""
+    return (
+        f"{where(skipped)}: not measured, a call in fp32 takes {skipped['line_s']:.1f} s on the line, "
+        f"more than {plans.LONGEST_CALL_S:g} s"
+    )
+
+
+def where(row: Row) -> str:
+    return f"{row['hosts']} hosts, {plans.rate_text(row['gbit'])}, {size_text(row['size_bytes'])}"
+
+
+def codec_of(row: Row) -> str:
+    """Of dpcomm's rows; empty for the others."""
+    return str(row["variant"]).partition("/")[0]
+
+
+def markdown(document: Document) -> str:
+    """The page: goals, picture, a table for each number of hosts and rate."""
+    parts = [HEAD, environment_text(document["environment"])]
+    parts.append(goals_table(outcomes(document["rows"])))
+    parts += [f"**Doubtful**: {text}." for text in doubtful_rows(document["rows"])]
+    parts.append("![time of 25 MiB against the rate of the links](network.png)")
+    for hosts, gbit in dict.fromkeys((row["hosts"], row["gbit"]) for row in document["rows"]):
+        rows = [row for row in document["rows"] if (row["hosts"], row["gbit"]) == (hosts, gbit)]
+        parts += [f"## {hosts} hosts, {plans.rate_text(gbit)}"]
+        parts.append(table([name for name, _ in HEADS[2:]], [cells(row)[2:] for row in rows]))
+        skipped = [each for each in document["skipped"] if (each["hosts"], each["gbit"]) == (hosts, gbit)]
+        parts += [skipped_text(each) + "." for each in skipped]
+    return "\n\n".join(parts) + "\n"
+
+
+def goals_table(found: list[Outcome]) -> str:
+    words = {True: "reached", False: "**missed**", None: "not measured"}
+    return table(["goal", "measured", "outcome"], [[each.goal, each.measured, words[each.reached]] for each in found])
+
+
+def outcomes(rows: list[Row]) -> list[Outcome]:
+    """All goals, in order."""
+    fp16 = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == "fp16"]
+    slow = [row for row in fp16 if row["gbit"] is not None and row["gbit"] <= 1 and row["size_bytes"] >= LARGE]
+    free = [row for row in fp16 if row["gbit"] is None and row["size_bytes"] >= LARGE]
+    size = size_text(LARGE)
+    found = [
+        least(f"fp16 at least {OVER_GLOO_SHAPED}x gloo from {size} on, at 1 Gb/s and below", slow, OVER_GLOO_SHAPED),
+        least(
+            f"fp16 uses {LEAST_LINE_SHARE:.0%} of the line from {size} on, at 1 Gb/s and below",
+            slow,
+            LEAST_LINE_SHARE,
+            lambda row: float(row["line_share"]),
+        ),
+        least(f"fp16 at least {OVER_GLOO_UNSHAPED}x gloo from {size} on, unshaped", free, OVER_GLOO_UNSHAPED),
+    ]
+    codecs = dict.fromkeys(codec_of(row) for row in rows if row["contender"] == "dpcomm")
+    for codec in [name for name in NEVER_SLOWER if name in codecs or name == "none"]:
+        own = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == codec]
+        found.append(least(f"{codec} nowhere below {NEVER_BELOW}x gloo", own, NEVER_BELOW))
+    return found
+
+
+def ratio(row: Row) -> float:
+    return float(row["ratio"])
+
+
+def least(goal: str, rows: list[Row], bound: float, value: Callable[[Row], float] = ratio) -> Outcome:
+    """Reached where the smallest of the rows' values is at least `bound`; a value that is no number never is."""
+    if not rows:
+        return Outcome(goal, "", None)
+    worst = min(rows, key=lambda row: -math.inf if math.isnan(value(row)) else value(row))
+    below = sum(not value(row) >= bound for row in rows)
+    counted = f"{below} of {len(rows)} below" if below else f"least of {len(rows)}"
+    return Outcome(goal, f"{value(worst):.3f} at {where(worst)}; {counted}", below == 0)
+
+
+def wrong_rows(rows: list[Row]) -> list[str]:
+    """A line for each row with wrong elements."""
+    return [f"{where(row)}, {label(row)}: {row['wrong']} elements were wrong" for row in rows if row["wrong"]]
+
+
+def doubtful_rows(rows: list[Row]) -> list[str]:
+    """A line for each large row whose bytes, as they were told, are not those that the interface counted: its share of
+    the line means nothing. Headers take up to a tenth; below 1 MiB the ranks' meetings show."""
+    most, least_there = 1.15, 0.99
+    return [
+        f"{where(row)}, {label(row)}: sent {row['sent_bytes']:.0f} bytes, but {row['counted_bytes']:.0f} were counted"
+        for row in rows
+        if row["size_bytes"] >= MIB and not least_there <= row["counted_bytes"] / row["sent_bytes"] <= most
+    ]
+
+
+def draw(document: Document, png_file: Path) -> None:
+    """Time of an all-reduce of 25 MiB (or the largest size there is) against the rate; a panel for each number of
+    hosts. Dotted: what the line needs for the bytes sent.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = {row["size_bytes"] for row in document["rows"]}
+    size = PICTURE_BYTES if PICTURE_BYTES in sizes else max(sizes)
+    shown = [row for row in document["rows"] if row["size_bytes"] == size]
+    counts = sorted({row["hosts"] for row in shown})
+    figure, panels = pyplot.subplots(
+        1, len(counts), figsize=(7 * len(counts), 5), squeeze=False, constrained_layout=True
+    )
+    figure.suptitle(f"All-reduce of {size_text(size)}, float32, sum, between hosts")
+    shaped = sorted({row["gbit"] for row in shown if row["gbit"] is not None})
+    unshaped_at = 4 * max(shaped, default=1.0)  # a place of its own on a logarithmic axis
+    ticks = {gbit: f"{gbit:g}" for gbit in shaped}
+    ticks |= {unshaped_at: plans.UNSHAPED} if any(row["gbit"] is None for row in shown) else {}
+    for hosts, panel in zip(counts, panels[0], strict=True):
+        _fill(panel, [row for row in shown if row["hosts"] == hosts], unshaped_at)
+        panel.set(title=f"{hosts} hosts", xlabel="Gb/s of each link", ylabel="ms, median of the slowest rank")
+        panel.set(xscale="log", yscale="log", xticks=list(ticks), xticklabels=list(ticks.values()))
+        panel.minorticks_off()
+        panel.legend(fontsize=8)
+    figure.savefig(png_file, dpi=120)
+    pyplot.close(figure)
+
+
+def _fill(panel: Any, rows: list[Row], unshaped_at: float) -> None:
+    """A line for each contestant; dotted in its color what the link needs for the bytes of gloo and of each codec."""
+    for name in dict.fromkeys(label(row) for row in rows):
+        own = sorted((row for row in rows if label(row) == name), key=lambda row: row["gbit"] or unshaped_at)
+        style = "o-" if name.startswith("dpcomm") else "s--"
+        rates = [row["gbit"] or unshaped_at for row in own]
+        (drawn,) = panel.plot(rates, [row["median_ms"] for row in own], style, label=name, markersize=4)
+        shaped = [row for row in own if row["gbit"] is not None]
+        if shaped and (name == "gloo" or name.startswith("dpcomm")):
+            limits = [1e3 * plans.line_s(row["sent_bytes"], row["gbit"]) for row in shaped]
+            panel.plot([row["gbit"] for row in shaped], limits, ":", color=drawn.get_color(), label=f"line, {name}")

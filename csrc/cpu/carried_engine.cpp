@@ -1,0 +1,280 @@
+#include "carried_engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "../host/call_facts.h"
+#include "float_environment.h"
+
+namespace dpcomm {
+
+namespace {
+
+// A chunk is cut into kSlices slices, so that the processor and the line both have work from early on, but not into
+// smaller ones than a message is worth (it costs tens of microseconds) or larger ones than a slot.
+// docs/performance.md compares them.
+constexpr int64_t kSlices = 4;
+constexpr int64_t kLeastSliceBytes = 512 * 1024, kMostSliceBytes = int64_t{1} << 20;
+constexpr int64_t kLeastSlotBytes = 4 * 1024;
+// From here on the carrier's own all-reduce takes what no codec encodes, in pieces that each have the time limit.
+constexpr int64_t kAsideBytes = 512 * 1024, kPieceBytes = int64_t{16} << 20;
+// How long a carrier's error waits for the control plane to say what is behind it.
+constexpr double kCauseWaitS = 1.0;
+
+// Lanes of slots that this rank uses: to and from every peer and itself, everyone's results, both ways of the ring.
+int64_t used_lanes(int nranks) { return 3 * int64_t{nranks} + 2; }
+
+int64_t pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+// The largest slots that perform well and fit.
+int64_t slot_bytes_for(int nranks, const CarriedWish& wish) {
+  const int64_t wished = wish.slice_bytes > 0 ? wish.slice_bytes : kMostSliceBytes;
+  const int64_t room = wish.scratch_bytes - nranks * int64_t{sizeof(Mailbox)};
+  const int64_t fits = room / (used_lanes(nranks) * kCarriedSlots) / 4096 * 4096;
+  if (fits < kLeastSlotBytes)
+    throw Error(Code::argument, "an arena of " + std::to_string(wish.scratch_bytes) + " bytes is too small for " +
+                                    std::to_string(nranks) + " ranks. Raise DPCOMM_ARENA_MB.");
+  return std::min(fits, std::max(pages(wished), kLeastSlotBytes));
+}
+
+template <class T>
+void divide(char* data, int64_t count, int nranks) {
+  T* const x = reinterpret_cast<T*>(data);
+  for (int64_t i = 0; i < count; ++i) x[i] /= T(nranks);
+}
+
+// A codec's steps, timed.
+class Timed final : public Stepper {
+ public:
+  Timed(const Isa& isa, const CarriedCall& call) : isa_(isa), call_(call) { tally.since = now_ns(); }
+
+  void play(const Step& step, bool in_place) override {
+    const DefaultFloatEnvironment environment;
+    isa_.run_step({call_.team, call_.bucket, call_.header, step, in_place, tally});
+  }
+  void waiting() override { tally.enter(Phase::wait); }
+
+  Tally tally;
+
+ private:
+  const Isa& isa_;
+  const CarriedCall& call_;
+};
+
+}  // namespace
+
+CarriedEngine::CarriedEngine(int rank, const CarriedWish& wish, std::vector<CarriedPeer> peers,
+                             std::unique_ptr<ControlPlane> plane, std::unique_ptr<Carrier> carrier, const Isa& isa,
+                             const std::string& engine_name)
+    : generation_(fork_generation()),
+      made_in_pid_(getpid()),
+      peers_(std::move(peers)),
+      plane_(std::move(plane)),
+      carrier_(std::move(carrier)),
+      isa_(isa),
+      engine_name_(engine_name) {
+  const int nranks = int(peers_.size());
+  const int64_t slot_bytes = slot_bytes_for(nranks, wish);
+  const int64_t arena = pages(arena_bytes(nranks, kCarriedSlots, slot_bytes, true));
+  used_bytes_ = nranks * int64_t{sizeof(Mailbox)} + used_lanes(nranks) * kCarriedSlots * slot_bytes;
+  scratch_ = Arena::sparse(size_t(nranks * arena), size_t(used_bytes_));
+  for (int r = 0; r < nranks; ++r) box_.push_back(reinterpret_cast<Mailbox*>(scratch_.data() + r * arena));
+  team_ = {rank, nranks, box_.data(), &plane_->page().failure, kCarriedSlots, slot_bytes, slot_bytes, true};
+}
+
+CarriedEngine::~CarriedEngine() { close(); }
+
+void CarriedEngine::verify(double timeout_s, const std::string& name) {
+  timeout_s_ = timeout_s;
+  if (team_.nranks > 1) check_pattern();
+  uncounted_ = sequence_;
+  stats(true);
+  name_ = name;
+}
+
+void CarriedEngine::allreduce(const Call& call) {
+  refuse_fork();
+  if (plane_->failure() != 0) throw cause_error(&call, false);
+  if (!served(call)) throw failure_text().unserved(call);
+  if (team_.nranks == 1) return;
+  Bucket bucket{};
+  const Header header = begin(call, bucket);
+  agree(call, header);
+  move(call, header, bucket);
+}
+
+Header CarriedEngine::begin(const Call& call, Bucket& bucket) {
+  const int64_t groups = fill_segments(call, segments_);
+  bucket = {segments_.data(), int64_t(segments_.size()), groups};
+  Header header = header_of(call, groups, team_.nranks, Reach::network);
+  header.sequence = ++sequence_;
+  if (steps_aside(call, groups)) header.algorithm = uint8_t(Algorithm::carrier);
+  const int64_t chunk_bytes = groups * group_bytes(call.dtype, call.codec) / parts_of(header, team_.nranks);
+  team_.slice_bytes = std::clamp(chunk_bytes / kSlices, std::min(kLeastSliceBytes, team_.slot_bytes), team_.slot_bytes);
+  return header;
+}
+
+// Before the carrier sees a size: libraries that are given different ones abort, hang or return garbage.
+void CarriedEngine::agree(const Call& call, const Header& header) {
+  const int64_t start = now_ns();
+  // The caller's thread asks about Ctrl-C, and aborts; this one would have to wait for Python's lock.
+  if (!plane_->exchange_headers(header, headers_, timeout_s_, nullptr)) fail(call);
+  const std::lock_guard lock(stats_mutex_);
+  stats_.wait_s += double(now_ns() - start) * 1e-9;
+}
+
+void CarriedEngine::move(const Call& call, const Header& header, const Bucket& bucket) {
+  const int64_t bytes = group_bytes(call.dtype, call.codec);
+  const CarriedCall carried{team_, bucket, header, bytes, timeout_s_};
+  Timed steps(isa_, carried);
+  const bool aside = Algorithm(header.algorithm) == Algorithm::carrier;
+  const Arrival end = aside ? add_by_carrier(call) : play(*carrier_, steps, carried);
+  steps.waiting();
+  if (end.kind != Arrival::Kind::here) fail_arrival(call, end);
+  const std::lock_guard lock(stats_mutex_);
+  ++stats_.calls;
+  stats_.input_bytes += header.numel * element_bytes(call.dtype);
+  stats_.wire_bytes += wire_groups(header, bucket.groups, team_.rank, team_.nranks, Reach::network) * bytes;
+  stats_.put_s += steps.tally.ns[int(Phase::put)] * 1e-9;
+  stats_.reduce_s += steps.tally.ns[int(Phase::reduce)] * 1e-9;
+  stats_.get_s += steps.tally.ns[int(Phase::get)] * 1e-9;
+  stats_.wait_s += steps.tally.ns[int(Phase::wait)] * 1e-9;
+  stats_.nonfinite_groups += steps.tally.nonfinite_groups;
+}
+
+// Values that nothing encodes gain nothing here: the carrier's own all-reduce sends the same bytes, and reads and
+// writes user memory less often. A fixed rule, from data that are equal on all ranks.
+bool CarriedEngine::steps_aside(const Call& call, int64_t groups) const {
+  return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
+         groups * group_bytes(call.dtype, call.codec) >= kAsideBytes && carrier_->adds(call.dtype);
+}
+
+Arrival CarriedEngine::add_by_carrier(const Call& call) {
+  std::vector<Transfer> ranges;
+  for (size_t i = 0; i < call.counts.size(); ++i)
+    for (int64_t at = 0, bytes = call.counts[i] * element_bytes(call.dtype); at < bytes; at += kPieceBytes)
+      ranges.push_back({-1, call.addresses[i] + at, std::min(kPieceBytes, bytes - at)});
+  Arrival end = carrier_->wait(carrier_->add(ranges, call.dtype), timeout_s_);
+  if (end.kind != Arrival::Kind::here || call.op == Op::sum) return end;
+  const DefaultFloatEnvironment environment;
+  for (size_t i = 0; i < call.counts.size(); ++i) {
+    if (call.dtype == Dtype::float32) divide<float>(call.addresses[i], call.counts[i], team_.nranks);
+    if (call.dtype == Dtype::float64) divide<double>(call.addresses[i], call.counts[i], team_.nranks);
+  }
+  return end;
+}
+
+// A carrier's own words are the last resort: mostly it fails because of something that the control plane knows.
+void CarriedEngine::fail_arrival(const Call& call, const Arrival& arrival) {
+  const uint32_t sequence = uint32_t(sequence_.load());
+  if (arrival.kind == Arrival::Kind::late) {
+    const uint64_t others = ((uint64_t{1} << (team_.nranks - 1) << 1) - 1) & ~(uint64_t{1} << team_.rank);
+    const uint64_t late = arrival.peer >= 0 ? uint64_t{1} << arrival.peer : others;
+    plane_->propose({Cause::timeout, uint8_t(team_.rank), 0, Field::none, sequence}, late);
+  } else if (!plane_->wait_failed(kCauseWaitS)) {
+    plane_->propose({Cause::aborted, uint8_t(team_.rank), 0, Field::none, sequence}, 0,
+                    engine_name_ + ": " + arrival.text);
+  }
+  fail(call);
+}
+
+// Returns memory to the caller first: nothing touches it from here on.
+void CarriedEngine::fail(const Call& call) {
+  carrier_->abort();
+  // As long as it takes to ask all ranks in vain, before this one decides.
+  plane_->wait_failed(kCauseWaitS + 2 * ControlPlane::kDecideS * team_.nranks);
+  throw cause_error(&call, true);
+}
+
+// The first time a caller on this rank meets the cause, it gets the cause itself, if that is a fact about the group. A
+// rank that came too late to the call that timed out, and every call after the first, is told that the communicator has
+// been aborted. Ranks wait in chains: one that others waited for may have been waiting itself.
+Error CarriedEngine::cause_error(const Call* call, bool in_call) {
+  const Failure failure = unpack(plane_->failure());  // acquires the fields beside it
+  bool here = !told_.exchange(true);
+  if (failure.cause == Cause::timeout) here = here && in_call && failure.sequence == uint32_t(sequence_.load());
+  return failure_text().explain(failure, call, here);
+}
+
+FailureText CarriedEngine::failure_text() const {
+  FailureText text{};
+  text.rank = team_.rank;
+  text.nranks = team_.nranks;
+  text.name = name_;
+  text.timeout_s = timeout_s_;
+  text.control = &plane_->page();
+  for (const CarriedPeer& p : peers_) text.pids.push_back(p.pid), text.hosts.push_back(p.host);
+  text.sequence = sequence_;
+  text.uncounted = uncounted_;
+  text.header = [this](int rank, uint32_t sequence, Header* header) { return plane_->header(rank, sequence, header); };
+  text.last_sequence = [this](int rank) { return plane_->last_sequence(rank); };
+  return text;
+}
+
+void CarriedEngine::refuse_fork() const {
+  if (!in_forked_child()) return;
+  throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
+                              ", used in pid " + std::to_string(getpid()) +
+                              ". Create it after the fork, or use the spawn start method.");
+}
+
+void CarriedEngine::abort(const std::string& reason) {
+  if (in_forked_child() || closed_) return;
+  plane_->propose({Cause::aborted, uint8_t(team_.rank), 0, Field::none, uint32_t(sequence_.load())}, 0, reason);
+}
+
+void CarriedEngine::check() {
+  refuse_fork();
+  const uint64_t word = plane_->failure();
+  if (word != 0) throw failure_text().explain(unpack(word), nullptr, true);
+}
+
+void CarriedEngine::close() {
+  if (in_forked_child() || closed_.exchange(true)) return;
+  plane_->close(sequence_);
+  carrier_->close();
+}
+
+Stats CarriedEngine::stats(bool reset) {
+  refuse_fork();
+  const std::lock_guard lock(stats_mutex_);
+  const Stats now = stats_;
+  if (reset) stats_ = {};
+  return now;
+}
+
+Description CarriedEngine::describe() {
+  refuse_fork();
+  Description d;
+  d.engine = engine_name_;
+  d.simd = isa_.name;
+  d.store = "plain";
+  d.arena_bytes = used_bytes_;
+  d.slot_bytes = team_.slot_bytes;
+  d.slots = team_.slots;
+  d.aside_bytes = carrier_->adds(Dtype::float32) ? kAsideBytes : 0;
+  d.sequence = sequence_ - uncounted_;
+  for (const CarriedPeer& p : peers_) d.pids.push_back(p.pid);
+  return d;
+}
+
+// Whole numbers, different on each rank and at each place: the sum is known.
+void CarriedEngine::check_pattern() {
+  std::vector<int32_t> data(size_t(kGroup) * 64 + 1);
+  for (size_t i = 0; i < data.size(); ++i) data[i] = int32_t(i * 31 + size_t(team_.rank) * 1000003);
+  Call call;
+  call.addresses = {reinterpret_cast<char*>(data.data())};
+  call.counts = {int64_t(data.size())};
+  call.dtype = Dtype::int32;
+  call.algorithm = Algorithm::direct;
+  allreduce(call);
+  const uint32_t n = uint32_t(team_.nranks);
+  for (size_t i = 0; i < data.size(); ++i)
+    if (uint32_t(data[i]) != uint32_t(i) * 31 * n + 1000003 * (n * (n - 1) / 2))
+      throw Error(Code::internal, failure_text().prefix(Code::internal, &call) + engine_name_ +
+                                      " does not deliver what was sent, at element " + std::to_string(i) +
+                                      ". Please report this with the output of `python -m dpcomm info`.");
+}
+
+}  // namespace dpcomm

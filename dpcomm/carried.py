@@ -1,0 +1,172 @@
+"""Builds communicators whose messages are carried by gloo, or by any backend of torch.distributed: see `bootstrap`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+
+from dpcomm import _native, carriers
+from dpcomm.addresses import Address, own_address
+from dpcomm.errors import ArgumentError, Error, PeerLostError, UnsupportedError
+from dpcomm.network import Meeting
+from dpcomm.options import Options
+from dpcomm.rendezvous import Rendezvous
+
+logger = logging.getLogger("dpcomm")
+
+LOOK_S = 0.05  # how often the wait for torch's own connections looks for failures
+END_S = 1.0  # for a call to end after a failure
+SOCKETS_CLOSED = (-1, -1)  # of this rank itself
+
+
+class CarriedBuilder:
+    """One rank of an engine between hosts under construction; see `bootstrap.Builder` for the stages.
+
+    Args:
+        meeting: Where the ranks have met.
+        options: This rank's options.
+        engine: "gloo" or "torch".
+        group: The user's process group; None where there is none.
+
+    Raises:
+        ArgumentError: GLOO_SOCKET_IFNAME names no interface of this host; or engine torch has no process group.
+        SystemResourceError: This host does not let us listen.
+    """
+
+    def __init__(self, meeting: Rendezvous, options: Options, engine: str, group: dist.ProcessGroup | None) -> None:
+        if engine == "torch" and group is None:
+            raise ArgumentError(
+                "engine='torch' needs a process group to move messages. Pass one, or use engine='gloo'."
+            )
+        self._meeting, self._options, self._engine, self._group = meeting, options, engine, group
+        self._address: Address = own_address(store_host(meeting.store))
+        self._mesh = Meeting(meeting.rank, meeting.nranks, self._address)
+        self._sockets: list[tuple[int, int] | None] = []
+
+    def __del__(self) -> None:
+        """Closes what a construction that failed before `bind` leaves open."""
+        if mesh := getattr(self, "_mesh", None):
+            mesh.close()
+
+    def endpoint(self) -> bytes:
+        """Where this rank listens."""
+        return self._mesh.endpoint()
+
+    def probe(self, endpoints: list[bytes]) -> list[bool]:
+        """Connects to the lower ranks.
+
+        Raises:
+            PeerLostError: One of them cannot be reached.
+        """
+        reached = self._mesh.probe(endpoints, self._meeting.remaining_s())
+        for rank, reason in sorted(self._mesh.reasons.items()):
+            mine, theirs = (self._meeting.hellos[r].hostname for r in (self._meeting.rank, rank))
+            raise PeerLostError(
+                f"rank {self._meeting.rank} on {mine} cannot connect to rank {rank} on {theirs} at {reason}. Ranks "
+                f"connect to each other at ports that the system chooses; this rank's own address is "
+                f"{self._address.host} ({self._address.why}). Open the ports between the hosts, or set "
+                "GLOO_SOCKET_IFNAME to the interface that reaches the others",
+                rank=rank,
+            )
+        return reached
+
+    def bind(self, secret: bytes, timeout_s: float) -> None:
+        """Proves and checks the connections."""
+        self._sockets = self._mesh.bind(secret, timeout_s)
+
+    def warnings(self) -> list[str]:
+        """About strangers that called."""
+        return self._mesh.warnings()
+
+    def finish(self, timeout_s: float, name: str) -> _native.Comm:
+        """Connects the carrier and makes the first call."""
+        hellos, me = self._meeting.hellos, self._meeting.hellos[self._meeting.rank]
+        sockets = [pair if pair is not None else SOCKETS_CLOSED for pair in self._sockets]
+        carrier: carriers.Carrier
+        carrier = carriers.GlooCarrier() if self._engine == "gloo" else carriers.TorchCarrier()
+        comm = _native.CarriedComm(
+            rank=me.rank,
+            wish=_native.CarriedWish(self._options.arena_bytes),
+            pids=[hello.pid for hello in hellos],
+            hosts=["" if _sees(me, hello) else hello.hostname for hello in hellos],
+            sockets=sockets,
+            carrier=carrier,
+            simd=self._options.simd,
+            engine=self._engine,
+        )
+        try:
+            carrier.end_on_failure(comm)
+            self._run_beside(comm, lambda: self._begin(comm, carrier, timeout_s, name))
+            carrier.serve(comm)
+        except BaseException:
+            comm.close(0.0)
+            raise
+        return comm
+
+    def _begin(self, comm: _native.CarriedComm, carrier: carriers.Carrier, timeout_s: float, name: str) -> None:
+        if self._engine == "gloo":
+            store = PrefixStore(self._meeting.key("gloo"), self._meeting.store)
+            rank, nranks, left_s = self._meeting.rank, self._meeting.nranks, self._meeting.remaining_s()
+            carrier.connect(carriers.gloo_groups(store, rank, nranks, self._address.host, left_s))
+        else:
+            carrier.connect(self._torch())
+        comm.verify(timeout_s, name)
+
+    def _run_beside(self, comm: _native.CarriedComm, work: Callable[[], None]) -> None:
+        """Runs work in a thread: torch waits for peers in ways that neither Ctrl-C nor a peer's death ends."""
+        failures: list[Exception] = []
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - raised below, by the thread that waits
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="dpcomm-connect", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(LOOK_S)
+                if thread.is_alive() and comm.wait_failed(0.001):
+                    thread.join(END_S)  # in a call, it ends with a better error
+                    comm.check()
+        except BaseException as error:
+            comm.abort(repr(error))
+            thread.join(END_S)
+            raise
+        if failures and isinstance(failures[0], Error):
+            raise failures[0]
+        if failures:
+            raise UnsupportedError(f"engine {self._engine}: torch could not connect the ranks: {failures[0]}")
+
+    def _torch(self) -> dist.ProcessGroup:
+        """A group like the user's, for messages alone: calls on one group must come in the same order on all ranks."""
+        ranks = dist.get_process_group_ranks(self._group)
+        backend = dist.get_backend(self._group)
+        own = dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=self._meeting.remaining_s()),
+            backend=backend,
+            use_local_synchronization=backend != "mpi",  # which cannot: there, all ranks of the world must come
+        )
+        assert isinstance(own, dist.ProcessGroup)
+        return own
+
+
+def store_host(store: Any) -> str | None:
+    """The host of a TCPStore, behind prefixes or not; None for other stores."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    host = getattr(store, "host", None)
+    return str(host) if host else None
+
+
+def _sees(me: Any, peer: Any) -> bool:
+    """Whether a peer's process number means something here."""
+    return (me.boot_id, me.pid_namespace) == (peer.boot_id, peer.pid_namespace)

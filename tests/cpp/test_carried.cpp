@@ -1,0 +1,192 @@
+// ./test_carried [every] [patience]   Engines whose messages a carrier moves: ranks that are threads, over a carrier
+// that delivers late, in any order, and checks what it is asked (thread_carrier.h). Every result is compared bit for
+// bit with core_reference.h. every: plays only each every-th call of the list (sanitizers are slow). patience: seconds
+// for what should take milliseconds. A stop after 120 s ends whatever hangs. What goes wrong: test_carried_faults.cpp.
+#include "carried_group.h"
+#include "core_steps.h"
+
+using carried::Data, carried::Group, carried::patience_s;
+using namespace dpcomm;
+using steps::Layout;
+using Round = steps::Step;  // one call of all ranks
+
+namespace {
+
+constexpr Algorithm kAlgorithms[] = {Algorithm::direct, Algorithm::oneshot, Algorithm::ring};
+// 16 KiB are four slots of the smallest size. Segments within a message, across messages, and whole ones beside short
+// ones, whose values do not lie in memory as they travel.
+const std::vector<Layout> kLayouts = {{0},
+                                      {1},
+                                      {255},
+                                      {256},
+                                      {257},
+                                      {7001},
+                                      {65536},
+                                      {(1 << 18) + 3},
+                                      {1, 1, 1},
+                                      {0, 5, 0, 300, 0},
+                                      {},
+                                      {256, 0, 511, 64},
+                                      {3000, 1, 2999},
+                                      {4096, 2560, 255, 8192, 257, 12288}};
+
+struct Coding {
+  CodecKind codec;
+  Dtype dtype;
+};
+constexpr Coding kCodings[] = {
+    {CodecKind::none, Dtype::float32}, {CodecKind::none, Dtype::int32}, {CodecKind::fp16, Dtype::float32}};
+
+// Every layout with every coding and algorithm, shuffled so that everything follows everything.
+std::vector<Round> script(int ranks, int every, uint32_t seed) {
+  std::vector<Round> rounds;
+  uint32_t i = seed;
+  for (const Layout& layout : kLayouts)
+    for (const Coding& c : kCodings)
+      for (const Algorithm algorithm : kAlgorithms) {
+        if (++i % uint32_t(every) != 0) continue;
+        Op op = Op(i / uint32_t(every) % (c.codec == CodecKind::fp16 ? 2 : 4));
+        if (c.dtype == Dtype::int32 && op == Op::mean) op = Op::sum;
+        rounds.emplace_back(algorithm, c.codec, c.dtype, op, layout, i % 3 == 0, ranks, i);
+      }
+  std::vector<size_t> order(rounds.size());
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  std::vector<Round> shuffled;
+  for (const size_t k : order) shuffled.push_back(std::move(rounds[k]));
+  return shuffled;
+}
+
+Call call_of(Round& step, int rank, bool open) {
+  Call call;
+  const Bucket bucket = step.bucket(rank);
+  for (int64_t s = 0; s < bucket.count; ++s) {
+    call.addresses.push_back(bucket.segments[s].data);
+    call.counts.push_back(bucket.segments[s].elems);
+  }
+  call.dtype = step.dtype, call.op = step.op, call.codec = step.codec;
+  call.algorithm = open && step.algorithm != Algorithm::ring ? Algorithm::automatic : step.algorithm;
+  return call;
+}
+
+// All ranks have the same guard bytes, so that what one must hold all must.
+void compare(Round& step, size_t number) {
+  const steps::Buffer want = step.result(0);
+  for (size_t r = 0; r < step.memory.size(); ++r) {
+    const steps::Buffer& have = step.memory[r];
+    if (CHECK(have == want)) continue;
+    const auto at = std::mismatch(have.begin(), have.end(), want.begin()).first - have.begin();
+    std::fprintf(stderr, "  rank %zu/%zu, step %zu: algorithm %d codec %d dtype %d op %d, byte %td of %zu\n", r,
+                 step.memory.size(), number, int(step.algorithm), int(step.codec), int(step.dtype), int(step.op), at,
+                 want.size());
+  }
+}
+
+// Every third call is synchronous, behind asynchronous ones.
+void play(Group& group, std::vector<Round>& script) {
+  std::vector<int64_t> before;
+  for (int r = 0; r < group.size(); ++r) before.push_back(group.board.sent_bytes(r));
+  group.all([&](int r) {
+    std::vector<std::shared_ptr<Job>> jobs;
+    try {
+      for (size_t i = 0; i < script.size(); ++i) {
+        const Call call = call_of(script[i], r, i % 5 == 0);
+        if (i % 3 == 0)
+          group.queue(r).run(call);
+        else
+          jobs.push_back(group.queue(r).submit(call));
+      }
+      for (const auto& job : jobs) {
+        if (!CHECK(job->wait(patience_s))) return;
+        if (job->error()) std::rethrow_exception(job->error());
+      }
+    } catch (const Error& error) {
+      CHECK(!"calls succeed");
+      std::fprintf(stderr, "  %s\n", error.what());
+    }
+    const Stats stats = group.engine(r).stats(true);
+    CHECK(stats.calls == int64_t(script.size()));
+    CHECK(stats.wire_bytes == group.board.sent_bytes(r) - before[size_t(r)]);
+    CHECK(group.engine(r).stats(false).wire_bytes == 0);
+    CHECK(group.engine(r).describe().sequence == uint64_t(script.size()));
+  });
+  for (size_t i = 0; i < script.size(); ++i) compare(script[i], i);
+}
+
+void test_every_rank_has_the_bits_of_the_reference(int every) {
+  for (const int ranks : {2, 3, 4, 5, 8}) {
+    if (Checks::failed > 0) return;
+    Group group(ranks);
+    auto calls = script(ranks, every, uint32_t(ranks));
+    play(group, calls);
+  }
+}
+
+void test_bits_do_not_depend_on_slices() {
+  for (const int ranks : {2, 3}) {
+    Group group(carried::Shape{ranks, patience_s, 0});
+    CHECK(group.engine(0).describe().slot_bytes > 100 * 4096);
+    auto calls = script(ranks, 7, 7);
+    play(group, calls);
+  }
+}
+
+void test_threads_share_a_communicator() {
+  const Group group(3);
+  group.all([&](int r) {
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 3; ++t)
+      threads.emplace_back([&, r, t] {  // equal calls: it does not matter which goes with which
+        for (int i = 0; i < 10; ++i) {
+          Data d(3000, r);
+          if (t < 2)
+            group.queue(r).run(d.call);
+          else
+            CHECK(group.queue(r).submit(d.call)->wait(patience_s));
+          CHECK(d.all(6));
+          group.engine(r).check();
+          CHECK(group.engine(r).describe().slots == kCarriedSlots && group.engine(r).stats(false).calls >= 0);
+        }
+      });
+    for (std::thread& thread : threads) thread.join();
+  });
+}
+
+// A rank may leave as soon as its own last call is done: the others must still finish theirs.
+void test_leaving_after_the_last_call_disturbs_nobody() {
+  for (int i = 0; i < 6; ++i) {
+    Group group(3);
+    group.all([&](int r) {
+      Data d(i % 2 ? 5 : 20000, r);
+      d.call.algorithm = kAlgorithms[i / 2];
+      group.queue(r).run(d.call);
+      group.queue(r).close(0);
+      CHECK(d.all(6));
+    });
+  }
+}
+
+void test_one_rank_has_nothing_to_do() {
+  Group group(1);
+  Data d(1000, 4);
+  d.call.codec = CodecKind::fp16;
+  group.queue(0).run(d.call);
+  CHECK(group.queue(0).submit(d.call)->wait(patience_s) && d.all(5));
+  const Stats stats = group.engine(0).stats(false);
+  CHECK(stats.calls == 0 && stats.wire_bytes == 0 && group.board.exchanges(0) == 0);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  ::alarm(120);
+  const int every = argc > 1 ? std::atoi(argv[1]) : 1;
+  if (argc > 2) patience_s = std::atof(argv[2]);
+  test_every_rank_has_the_bits_of_the_reference(every);
+  if (Checks::failed > 0) return finish();  // the others would wait for what does not come
+  test_bits_do_not_depend_on_slices();
+  test_threads_share_a_communicator();
+  test_leaving_after_the_last_call_disturbs_nobody();
+  test_one_rank_has_nothing_to_do();
+  return finish();
+}
