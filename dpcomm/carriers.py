@@ -176,7 +176,7 @@ class GlooCarrier(Carrier):
             try:
                 work.wait(limit)
             except RuntimeError as error:
-                if time.monotonic() - began >= timeout_s:
+                if "timed out" in str(error).lower() or time.monotonic() - began >= timeout_s:
                     return _native.ARRIVALS["late"], peer, ""
                 return _native.ARRIVALS["broken"], peer, str(error)
         return ABORTED if self._aborted else HERE

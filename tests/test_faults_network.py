@@ -126,7 +126,7 @@ def reduce_once(rank: int, nranks: int) -> str:
 
 
 def reduce_for(rank: int, nranks: int, folder: str, seconds: float) -> tuple[bool, float]:
-    """Whether every result was right, and the longest call."""
+    """Whether every result was right, and the longest pair of calls."""
     longest, right = 0.0, True
     with gloo(timeout_s=10.0) as comm:
         say_ready(folder, rank)
@@ -136,9 +136,9 @@ def reduce_for(rank: int, nranks: int, folder: str, seconds: float) -> tuple[boo
         while more.item():
             began = time.monotonic()
             right = right and bool((comm.allreduce(x.fill_(rank + 1.0)) == 3.0).all())
-            longest = max(longest, time.monotonic() - began)
             more[0] = float(time.monotonic() < end)
             comm.allreduce(more, "min")
+            longest = max(longest, time.monotonic() - began)
     return right, longest
 
 

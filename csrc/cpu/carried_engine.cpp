@@ -143,11 +143,12 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
   stats_.nonfinite_groups += steps.tally.nonfinite_groups;
 }
 
-// Values that nothing encodes gain nothing here: the carrier's own all-reduce sends the same bytes, and reads and
-// writes user memory less often. A fixed rule, from data that are equal on all ranks.
+// Values that nothing encodes gain nothing here, and from three ranks on the carrier's own all-reduce makes more of the
+// line: in a ring nobody hears two at once (docs/performance.md). A fixed rule, from data that are equal on all ranks.
 bool CarriedEngine::steps_aside(const Call& call, int64_t groups) const {
-  return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
-         groups * group_bytes(call.dtype, call.codec) >= kAsideBytes && carrier_->adds(call.dtype);
+  return team_.nranks > 2 && call.algorithm == Algorithm::automatic && call.codec == CodecKind::none &&
+         call.op <= Op::mean && groups * group_bytes(call.dtype, call.codec) >= kAsideBytes &&
+         carrier_->adds(call.dtype);
 }
 
 Arrival CarriedEngine::add_by_carrier(const Call& call) {
@@ -188,12 +189,12 @@ void CarriedEngine::fail(const Call& call) {
 }
 
 // The first time a caller on this rank meets the cause, it gets the cause itself, if that is a fact about the group. A
-// rank that came too late to the call that timed out, and every call after the first, is told that the communicator has
+// rank that calls after the time-out, and every call after the first, is told that the communicator has
 // been aborted. Ranks wait in chains: one that others waited for may have been waiting itself.
 Error CarriedEngine::cause_error(const Call* call, bool in_call) {
   const Failure failure = unpack(plane_->failure());  // acquires the fields beside it
   bool here = !told_.exchange(true);
-  if (failure.cause == Cause::timeout) here = here && in_call && failure.sequence == uint32_t(sequence_.load());
+  if (failure.cause == Cause::timeout) here = here && in_call;
   return failure_text().explain(failure, call, here);
 }
 
@@ -253,7 +254,7 @@ Description CarriedEngine::describe() {
   d.arena_bytes = used_bytes_;
   d.slot_bytes = team_.slot_bytes;
   d.slots = team_.slots;
-  d.aside_bytes = carrier_->adds(Dtype::float32) ? kAsideBytes : 0;
+  d.aside_bytes = team_.nranks > 2 && carrier_->adds(Dtype::float32) ? kAsideBytes : 0;
   d.sequence = sequence_ - uncounted_;
   for (const CarriedPeer& p : peers_) d.pids.push_back(p.pid);
   return d;
