@@ -297,6 +297,8 @@ class Communicator:
                     name = "carrier"
             if not table or table[-1]["algorithm"] != name:
                 bit_class = name if name in ("ring", "carrier") else "rank_order"
+                if name == "carrier" and self.nranks == 2:
+                    bit_class = "rank_order"  # two numbers have one sum
                 table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
 

@@ -17,10 +17,14 @@ namespace {
 constexpr int64_t kSlices = 4;
 constexpr int64_t kLeastSliceBytes = 512 * 1024, kMostSliceBytes = int64_t{1} << 20;
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
-// From here on the carrier's own all-reduce takes what no codec encodes, in pieces that each have the time limit.
-constexpr int64_t kAsideBytes = 512 * 1024, kPieceBytes = int64_t{16} << 20;
 // How long a carrier's error waits for the control plane to say what is behind it.
 constexpr double kCauseWaitS = 1.0;
+// The carrier's own all-reduce takes tensors in pieces that each have the time limit.
+constexpr int64_t kPieceBytes = int64_t{16} << 20;
+
+// From which size on it takes what no codec encodes. Two ranks lose to it on fast lines with large tensors only; three
+// have each hear two others at once, where a ring hears one.
+int64_t aside_bytes(int nranks) { return nranks == 2 ? int64_t{4} << 20 : 512 * 1024; }
 
 // Lanes of slots that this rank uses: to and from every peer and itself, everyone's results, both ways of the ring.
 int64_t used_lanes(int nranks) { return 3 * int64_t{nranks} + 2; }
@@ -143,12 +147,11 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
   stats_.nonfinite_groups += steps.tally.nonfinite_groups;
 }
 
-// Values that nothing encodes gain nothing here, and from three ranks on the carrier's own all-reduce makes more of the
-// line: in a ring nobody hears two at once (docs/performance.md). A fixed rule, from data that are equal on all ranks.
+// Values that nothing encodes gain nothing here: the carrier's own all-reduce sends the same bytes
+// (docs/performance.md). A fixed rule, from data that are equal on all ranks.
 bool CarriedEngine::steps_aside(const Call& call, int64_t groups) const {
-  return team_.nranks > 2 && call.algorithm == Algorithm::automatic && call.codec == CodecKind::none &&
-         call.op <= Op::mean && groups * group_bytes(call.dtype, call.codec) >= kAsideBytes &&
-         carrier_->adds(call.dtype);
+  return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
+         groups * group_bytes(call.dtype, call.codec) >= aside_bytes(team_.nranks) && carrier_->adds(call.dtype);
 }
 
 Arrival CarriedEngine::add_by_carrier(const Call& call) {
@@ -254,7 +257,7 @@ Description CarriedEngine::describe() {
   d.arena_bytes = used_bytes_;
   d.slot_bytes = team_.slot_bytes;
   d.slots = team_.slots;
-  d.aside_bytes = team_.nranks > 2 && carrier_->adds(Dtype::float32) ? kAsideBytes : 0;
+  d.aside_bytes = carrier_->adds(Dtype::float32) ? aside_bytes(team_.nranks) : 0;
   d.sequence = sequence_ - uncounted_;
   for (const CarriedPeer& p : peers_) d.pids.push_back(p.pid);
   return d;
