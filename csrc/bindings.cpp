@@ -68,6 +68,7 @@ void run(Queue& queue, const Addresses& addresses, Counts counts, int dtype, int
     if (interrupt.error) std::rethrow_exception(interrupt.error);
     throw;
   }
+  if (interrupt.error) std::rethrow_exception(interrupt.error);  // the call ended before the abort reached it
 }
 
 bool wait(Job& job, double timeout_s) {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
@@ -48,9 +50,14 @@ class CarriedBuilder:
         self._address: Address = own_address(store_host(meeting.store))
         self._mesh = Meeting(meeting.rank, meeting.nranks, self._address)
         self._sockets: list[tuple[int, int] | None] = []
+        # On the user's thread: which GPU is the current one is a thread's own affair.
+        self._device = device_of(group) if engine == "torch" and group is not None else torch.device("cpu")
 
     def __del__(self) -> None:
-        """Closes what a construction that failed before `bind` leaves open."""
+        """Closes what a construction that failed before `finish` leaves open."""
+        for pair in getattr(self, "_sockets", []):
+            for descriptor in pair or ():
+                os.close(descriptor)
         if mesh := getattr(self, "_mesh", None):
             mesh.close()
 
@@ -87,9 +94,11 @@ class CarriedBuilder:
     def finish(self, timeout_s: float, name: str) -> _native.Comm:
         """Connects the carrier and makes the first call."""
         hellos, me = self._meeting.hellos, self._meeting.hellos[self._meeting.rank]
-        sockets = [pair if pair is not None else SOCKETS_CLOSED for pair in self._sockets]
         carrier: carriers.Carrier
-        carrier = carriers.GlooCarrier() if self._engine == "gloo" else carriers.TorchCarrier()
+        carrier = carriers.GlooCarrier() if self._engine == "gloo" else carriers.TorchCarrier(self._device)
+        # From here on the extension closes them, however this ends.
+        sockets = [pair if pair is not None else SOCKETS_CLOSED for pair in self._sockets]
+        self._sockets = []
         comm = _native.CarriedComm(
             rank=me.rank,
             wish=_native.CarriedWish(self._options.arena_bytes),
@@ -112,10 +121,10 @@ class CarriedBuilder:
     def _begin(self, comm: _native.CarriedComm, carrier: carriers.Carrier, timeout_s: float, name: str) -> None:
         if self._engine == "gloo":
             store = PrefixStore(self._meeting.key("gloo"), self._meeting.store)
-            rank, nranks, left_s = self._meeting.rank, self._meeting.nranks, self._meeting.remaining_s()
-            carrier.connect(carriers.gloo_groups(store, rank, nranks, self._address.host, left_s))
+            rank, nranks, host = self._meeting.rank, self._meeting.nranks, self._address.host
+            carrier.connect(carriers.gloo_groups(store, rank, nranks, host, timeout_s))
         else:
-            carrier.connect(self._torch())
+            carrier.connect(self._torch(timeout_s))
         comm.verify(timeout_s, name)
 
     def _run_beside(self, comm: _native.CarriedComm, work: Callable[[], None]) -> None:
@@ -143,20 +152,40 @@ class CarriedBuilder:
         if failures and isinstance(failures[0], Error):
             raise failures[0]
         if failures:
+            if comm.wait_failed(END_S):
+                comm.check()  # what is behind it
+            comm.abort(f"torch could not connect the ranks: {failures[0]}")
+            comm.wait_failed(END_S)  # all know before this rank says goodbye
             raise UnsupportedError(f"engine {self._engine}: torch could not connect the ranks: {failures[0]}")
 
-    def _torch(self) -> dist.ProcessGroup:
-        """A group like the user's, for messages alone: calls on one group must come in the same order on all ranks."""
+    def _torch(self, timeout_s: float) -> dist.ProcessGroup:
+        """A group like the user's, for messages alone: calls on one group must come in the same order on all ranks.
+
+        Not with dist.new_group: it counts the groups that a rank is in to name one, and ranks are in different ones.
+        """
         ranks = dist.get_process_group_ranks(self._group)
-        backend = dist.get_backend(self._group)
-        own = dist.new_group(
+        name = self._meeting.key("torch")
+        own, _ = dist.distributed_c10d._new_process_group_helper(
+            len(ranks),
+            self._meeting.rank,
             ranks,
-            timeout=timedelta(seconds=self._meeting.remaining_s()),
-            backend=backend,
-            use_local_synchronization=backend != "mpi",  # which cannot: there, all ranks of the world must come
+            dist.Backend(dist.get_backend(self._group)),
+            PrefixStore(name, self._meeting.store),
+            name,  # type: ignore[arg-type]
+            timeout=timedelta(seconds=timeout_s),
         )
         assert isinstance(own, dist.ProcessGroup)
+        dist.distributed_c10d._world.pg_group_ranks[own] = {rank: i for i, rank in enumerate(ranks)}
         return own
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where a group's backend takes tensors: on the CPU if it may, else on the current device of its kind."""
+    devices = [torch.device(device) for device in group._device_types]
+    device = next((d for d in devices if d.type == "cpu"), devices[0])
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.get_device_module(device.type).current_device())
 
 
 def store_host(store: Any) -> str | None:

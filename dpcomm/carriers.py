@@ -27,6 +27,7 @@ ABORTED: Arrival = (_native.ARRIVALS["broken"], -1, "aborted")
 # Tags tell exchanges apart that are on their way at once; none of them is ever awaited as LAST_TAG is.
 TAGS = 1 << 20
 LAST_TAG = 2**31 - 1
+CARRIER_THREADS = ("dpcomm-calls", "dpcomm-abort")
 END_S = 2.0  # for what was aborted
 FOREVER_S = 3600.0  # of one wait; there is always another
 
@@ -80,11 +81,11 @@ class Carrier:
                     self.abort()
                     break
 
-        self._start(run, "dpcomm-abort")
+        self._start(run, CARRIER_THREADS[1])
 
     def serve(self, comm: _native.CarriedComm) -> None:
         """Starts the thread that runs the calls."""
-        self._start(comm.serve, "dpcomm-calls")
+        self._start(comm.serve, CARRIER_THREADS[0])
 
     def _start(self, run: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=run, name=name, daemon=True)
@@ -158,13 +159,15 @@ class GlooCarrier(Carrier):
     def add(self, ticket: int, ranges: Transfers, dtype: str) -> None:
         """Starts an all-reduce for each range; they run on the group's own threads."""
         works = self._works[ticket] = []
+        adding = self._adding = list[Any]()  # seen by abort() from the first piece on
         if self._aborted:
             return
         assert self._groups is not None
         for peer, address, count in ranges:
             values = bytes_at(address, count).view(getattr(torch, dtype))
-            works.append((peer, self._groups.up.allreduce([values])))
-        self._adding = [work for _, work in works]
+            work = self._groups.up.allreduce([values])
+            adding.append(work)
+            works.append((peer, work))
 
     def wait(self, ticket: int, timeout_s: float) -> Arrival:
         """When gloo's own time is up it closes all connections of a group: then what is in flight there has ended."""
@@ -188,24 +191,27 @@ class GlooCarrier(Carrier):
         error and leaves their memory alone. A closed connection says so at once, and the next peer's is tried.
         """
         with self._aborting:
-            groups = self._groups
-            if self._aborted or groups is None:
-                return
-            self._aborted = True
-            nothing = torch.empty(1, dtype=torch.uint8)
-            for group in groups:
-                for peer in (rank for rank in range(group.size()) if rank != self._rank):
-                    with contextlib.suppress(RuntimeError):
-                        group.recv([nothing], peer, LAST_TAG).wait(timedelta(milliseconds=1))
-        # A thread of gloo's that adds up meets the closed connection with its next message.
+            if not self._aborted:
+                self._aborted = True
+                self._close_connections()
+        # A thread of gloo's that adds up meets the closed connection with its next message. Whoever aborts waits for
+        # that, also the second: it hands the memory back.
         until = time.monotonic() + END_S
         while not all(work.is_completed() for work in self._adding) and time.monotonic() < until:
             time.sleep(1e-3)
+
+    def _close_connections(self) -> None:
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for group in self._groups or ():
+            for peer in (rank for rank in range(group.size()) if rank != self._rank):
+                with contextlib.suppress(RuntimeError):
+                    group.recv([nothing], peer, LAST_TAG).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
         """Lets go of the groups; their destructors close the connections."""
         super().close()
         self._works.clear()
+        self._adding = []
         self._groups = None
 
 
@@ -216,17 +222,16 @@ class TorchCarrier(Carrier):
     then end a call although the backend knows no way to end what is in flight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._group: dist.ProcessGroup | None = None
-        self._device = torch.device("cpu")
+        self._device = device
         self._started: dict[int, tuple[Any, torch.Tensor, torch.Tensor, Transfers]] = {}
         self._aborted = threading.Event()
 
-    def connect(self, group: dist.ProcessGroup) -> None:
-        """Takes the group, which nobody else uses. Its tensors lie on the CPU if its backend takes such."""
-        devices = [torch.device(device) for device in group._device_types]
-        self._group, self._device = group, next((d for d in devices if d.type == "cpu"), devices[0])
+    def connect(self, group: Any) -> None:
+        """Takes the group, which nobody else uses."""
+        self._group = group
 
     def exchange(self, ticket: int, sends: Transfers, receives: Transfers) -> None:
         """Copies what is sent at once."""
@@ -274,10 +279,13 @@ class TorchCarrier(Carrier):
             _abandoned.append((self._group, dict(self._started)))
 
     def close(self) -> None:
-        """Lets go of the group."""
+        """Lets go of the group, and torch of it, unless its backend may still be at work for it."""
         super().close()
         self._started = {}
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None and not self._aborted.is_set():
+            with contextlib.suppress(ValueError, RuntimeError):  # the user has destroyed all groups
+                dist.destroy_process_group(group)
 
     def _staging(self, transfers: Transfers, nranks: int) -> tuple[torch.Tensor, list[int]]:
         counts = [0] * nranks

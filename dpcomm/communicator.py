@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from torch._C._distributed_c10d import Store
 from dpcomm import _native, arrays, bootstrap
 from dpcomm import options as opt
 from dpcomm.calls import Calls, CpuCalls
+from dpcomm.carriers import CARRIER_THREADS
 from dpcomm.cuda_calls import CudaCalls
 from dpcomm.errors import ArgumentError, Error, InternalError
 from dpcomm.overlap import check_overlap
@@ -304,5 +306,9 @@ class Communicator:
 
 
 def _close_native(native: _native.Comm, pid: int) -> None:
-    if os.getpid() == pid:  # a forked child that exits leaves its parent's communicator alone
+    if os.getpid() != pid:  # a forked child that exits leaves its parent's communicator alone
+        return
+    if threading.current_thread().name in CARRIER_THREADS:  # the collector came by there; it cannot wait for itself
+        threading.Thread(target=native.close, args=(EXIT_GRACE_S,)).start()
+    else:
         native.close(EXIT_GRACE_S)

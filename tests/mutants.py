@@ -88,7 +88,7 @@ MUTANTS = [
         "take_without_waiting",
         "tsan",
         "direct.h",
-        "if (!wait_peers(lanes, t, kResult, results + uint32_t(slice) + 1)) return false;",
+        "if (!wait_peers(lanes, t, kResult, number + 1)) return false;",
         "if (load_acquire(t.failure) != 0) return false;",
     ),
     Mutant("ring_without_credits", "tsan", "ring.h", "if (sends && !wait_for_room()) return false;", ""),

@@ -31,13 +31,14 @@ struct Direct {
 
   DPCOMM_HD void give(int64_t slice) {
     lanes.phase(Phase::put);
+    const uint32_t number = given + uint32_t(slice);
     for (int step = 1; step < t.nranks + Codec::scaled; ++step)  // my neighbour first: not all at rank 0 at once
-      give_to((t.rank + step) % t.nranks, slice);                // myself last, if at all
-    post_peers(lanes, t, kGiven, given + uint32_t(slice) + 1);   // (1)
+      give_to((t.rank + step) % t.nranks, slice, number);        // myself last, if at all
+    post_peers(lanes, t, kGiven, number + 1);                    // (1)
   }
-  DPCOMM_HD void give_to(int owner, int64_t slice) {
+  DPCOMM_HD void give_to(int owner, int64_t slice, uint32_t number) {
     const Range range = chunks.range(slice, owner);
-    put<Codec>(lanes, bucket, range, message(kGiven, t.rank, owner, given + uint32_t(slice), range));
+    put<Codec>(lanes, bucket, range, message(kGiven, t.rank, owner, number, range));
   }
 
   DPCOMM_HD bool arrived(int64_t slice) {
@@ -107,14 +108,15 @@ struct Direct {
   }
 
   DPCOMM_HD bool take(int64_t slice) {
-    if (!wait_peers(lanes, t, kResult, results + uint32_t(slice) + 1)) return false;  // pairs with (2)
+    const uint32_t number = results + uint32_t(slice);
+    if (!wait_peers(lanes, t, kResult, number + 1)) return false;  // pairs with (2)
     lanes.phase(Phase::get);
-    for (int step = 1; step < t.nranks; ++step) take_from((t.rank + step) % t.nranks, slice);
+    for (int step = 1; step < t.nranks; ++step) take_from((t.rank + step) % t.nranks, slice, number);
     return true;
   }
-  DPCOMM_HD void take_from(int owner, int64_t slice) {
+  DPCOMM_HD void take_from(int owner, int64_t slice, uint32_t number) {
     const Range range = chunks.range(slice, owner);
-    get<Codec>(lanes, bucket, range, message(kResult, owner, t.rank, results + uint32_t(slice), range));
+    get<Codec>(lanes, bucket, range, message(kResult, owner, t.rank, number, range));
   }
 };
 

@@ -26,12 +26,12 @@ DPCOMM_HD void direct_step(Lanes& lanes, const Team& t, const Bucket& bucket, co
   switch (step.kind) {
     case Step::Kind::give:
       lanes.phase(Phase::put);
-      return d.give_to(step.peer, step.slice);
+      return d.give_to(step.peer, step.slice, uint32_t(step.slice));
     case Step::Kind::reduce:
       return d.reduce(step.slice);
     case Step::Kind::take:
       lanes.phase(Phase::get);
-      return d.take_from(step.peer, step.slice);
+      return d.take_from(step.peer, step.slice, uint32_t(step.slice));
     case Step::Kind::turn:
       break;  // of a ring only
   }

@@ -150,8 +150,10 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
 // Values that nothing encodes gain nothing here: the carrier's own all-reduce sends the same bytes
 // (docs/performance.md). A fixed rule, from data that are equal on all ranks.
 bool CarriedEngine::steps_aside(const Call& call, int64_t groups) const {
+  const int64_t bytes = groups * group_bytes(call.dtype, call.codec);
+  const int64_t tensors = std::max<int64_t>(1, int64_t(call.counts.size()));  // each an all-reduce of its own
   return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
-         groups * group_bytes(call.dtype, call.codec) >= aside_bytes(team_.nranks) && carrier_->adds(call.dtype);
+         bytes >= aside_bytes(team_.nranks) && bytes / tensors >= kLeastSliceBytes / 2 && carrier_->adds(call.dtype);
 }
 
 Arrival CarriedEngine::add_by_carrier(const Call& call) {
