@@ -92,6 +92,11 @@ class Built(NamedTuple):
     why: str
 
 
+def one_host(where: str) -> str:
+    """Why an engine of one host serves, unless it was asked for."""
+    return f"all ranks share one host and their data is on {where}"
+
+
 class CannotShareError(UnsupportedError):
     """Ranks that share no memory, on all ranks alike.
 
@@ -123,7 +128,7 @@ def build(site: Site, options: Options | Error) -> Built:
             return _build_carried(meeting, accepted, accepted.serving, site.group, why)
         if accepted.serving == "p2p":
             channels = min(int.from_bytes(payload, "little") for payload in payloads)
-            return Built(_build_p2p(meeting, accepted, channels), "p2p", why or "all ranks' data is on CUDA devices")
+            return Built(_build_p2p(meeting, accepted, channels), "p2p", why or one_host("CUDA devices"))
         return _build_on_cpu(meeting, accepted, site.group, why)
     except BaseException as cause:
         meeting.give_up(cause)
@@ -153,7 +158,7 @@ def p2p_wish(options: Options, pinned: bool) -> _native.P2pWish:
 def _build_on_cpu(meeting: Rendezvous, options: Options, group: Any, why: str) -> Built:
     """Engine shm; where ranks share no host, and may have another, gloo."""
     try:
-        return Built(_build_shm(meeting, options), "shm", why or "all ranks share one host and their data is on CPU")
+        return Built(_build_shm(meeting, options), "shm", why or one_host("CPU"))
     except CannotShareError as error:
         if options.engine != "auto":
             raise UnsupportedError(str(error)) from None

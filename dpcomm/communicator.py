@@ -93,7 +93,8 @@ class Communicator:
         made = cls.__new__(cls)
         built = None
         if native is not None:
-            why = "all ranks live in this process" if options.engine == "auto" else "asked for"
+            where = "CPU" if options.device == opt.CPU else "CUDA devices"
+            why = bootstrap.one_host(where) if options.engine == "auto" else "asked for"
             built = bootstrap.Built(native, options.serving, why)
         made._set_up(built, rank, nranks, options)
         return made
