@@ -132,6 +132,8 @@ def build(site: Site, options: Options | Error) -> Built:
         return _build_on_cpu(meeting, accepted, site.group, why)
     except BaseException as cause:
         meeting.give_up(cause)
+        if isinstance(cause, CannotShareError):  # a name for this module alone
+            raise UnsupportedError(str(cause)) from None
         raise
 
 
@@ -161,7 +163,7 @@ def _build_on_cpu(meeting: Rendezvous, options: Options, group: Any, why: str) -
         return Built(_build_shm(meeting, options), "shm", why or one_host("CPU"))
     except CannotShareError as error:
         if options.engine != "auto":
-            raise UnsupportedError(str(error)) from None
+            raise
         why = f"no shared memory: {error.where}"
     if meeting.rank == 0:
         logger.info("communicator #%d: engine gloo, since there is %s", meeting.number, why)

@@ -289,7 +289,7 @@ class Communicator:
         names = {code: name for name, code in _native.ALGORITHMS.items()}
         codec, dtype = _native.CODECS[self.codec], _native.DTYPES["float32"]
         network = self.engine in opt.NETWORK_ENGINES
-        aside_bytes = self._built.describe()["aside_bytes"] if self._built is not None else 0
+        aside_bytes = self._built.describe()["aside_bytes"] if self._built is not None and network else 0
         assert isinstance(aside_bytes, int)
         table: list[dict[str, object]] = []
         for exponent in range(41):
