@@ -86,7 +86,7 @@ def measure_allreduce(arguments: argparse.Namespace, codecs: list[str]) -> dict[
     for count in arguments.hosts:
         with hosts(count) as net:
             for run in [run for run in planned if run.hosts == count and run.sizes]:
-                net.shape(plans.tc_rate(run.gbit))
+                net.shape(run.gbit)
                 plan = rank_plan(run, selected, arguments)
                 found = run_ranks(net, "network_rank.py", plan, deadline_s(run, arguments.seconds_per_size))
                 document["communicator"] = found["communicator"]
@@ -122,7 +122,7 @@ def measure_training(arguments: argparse.Namespace, codecs: list[str]) -> dict[s
     document = {"benchmark": "train-network", "ranks": 2, "environment": describe_environment()}
     plan = {"hosts": 2, "train": how._asdict(), "methods": arguments.trained, "codecs": codecs}
     print(train_report.LEGEND, train_report.header(), sep="\n", flush=True)
-    with hosts(2, plans.tc_rate(how.gbit)) as net:
+    with hosts(2, how.gbit) as net:
         found = run_ranks(net, "network_train.py", plan, START_S + 3 * plans.train_s(how))
     return document | {"settings": how._asdict(), "rows": found["rows"]}
 

@@ -91,11 +91,6 @@ def rate_text(gbit: float | None) -> str:
     return UNSHAPED if gbit is None else f"{gbit:g} Gb/s"
 
 
-def tc_rate(gbit: float | None) -> str | None:
-    """As hosts.py takes it."""
-    return None if gbit is None else f"{round(gbit * 1000)}mbit"
-
-
 def parse_rates(text: str) -> list[float | None]:
     """ "0.1,unshaped" as [0.1, None]."""
     try:

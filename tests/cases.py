@@ -51,11 +51,11 @@ class Case:
         return reference.allreduce(inputs, self.op, codec=self.codec, bit_class=bit_class)
 
     def added_by_gloo(self, nranks: int) -> bool:
-        """Whether engine gloo hands it to gloo's own all-reduce: its order of terms (two have one), its NaNs."""
+        """Whether engine gloo hands it to gloo's own all-reduce: its order of terms, its NaNs."""
         size = sum(-(-count // 256) * 256 for count in self.counts) * {"float32": 4, "float64": 8}.get(self.dtype, 0)
         plain = self.algorithm == "auto" and self.codec == "none" and self.op in ("sum", "mean")
         each = size / max(1, len(self.counts))
-        return plain and size >= (4 << 20 if nranks == 2 else 512 << 10) and each >= 256 << 10
+        return plain and nranks > 2 and size >= 512 << 10 and each >= 256 << 10
 
     @property
     def options(self) -> dict[str, Any]:

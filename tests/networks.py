@@ -1,6 +1,6 @@
 """Hosts for tests (made by benchmarks/hosts.py), and ranks on them; where there can be none, a skip that says why.
 
-with network(2, rate="1gbit") as net: across(net, 0, 1).run(function)     rank 0 on host 0, rank 1 on host 1
+with network(2, gbit=1) as net: across(net, 0, 1).run(function)     rank 0 on host 0, rank 1 on host 1
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["NAMES", "Hosts", "HostsError", "across", "network", "sweep", "why_no
 
 
 @contextmanager
-def network(count: int, rate: str | None = None) -> Iterator[Hosts]:
+def network(count: int, gbit: float | None = None) -> Iterator[Hosts]:
     """Hosts, for a fixture: its tests are skipped where there can be none. Pools on them end with them."""
     if why := why_no_hosts():
         pytest.skip(why)
-    with hosts(count, rate) as net:
+    with hosts(count, gbit) as net:
         try:
             yield net
         finally:

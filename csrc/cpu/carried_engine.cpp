@@ -15,16 +15,16 @@ namespace {
 // smaller ones than a message is worth (it costs tens of microseconds) or larger ones than a slot.
 // docs/performance.md compares them.
 constexpr int64_t kSlices = 4;
-constexpr int64_t kLeastSliceBytes = 512 * 1024, kMostSliceBytes = int64_t{1} << 20;
+constexpr int64_t kLeastSliceBytes = 512 * 1024, kMostSliceBytes = int64_t{2} << 20;
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
 // How long a carrier's error waits for the control plane to say what is behind it.
 constexpr double kCauseWaitS = 1.0;
 // The carrier's own all-reduce takes tensors in pieces that each have the time limit.
 constexpr int64_t kPieceBytes = int64_t{16} << 20;
 
-// From which size on it takes what no codec encodes. Two ranks lose to it on fast lines with large tensors only; three
-// have each hear two others at once, where a ring hears one.
-int64_t aside_bytes(int nranks) { return nranks == 2 ? int64_t{4} << 20 : 512 * 1024; }
+// From which size on it takes what no codec encodes; 0: never. Two ranks are as fast alone; three have each hear two
+// others at once, where a ring hears one.
+int64_t aside_bytes(int nranks) { return nranks == 2 ? 0 : 512 * 1024; }
 
 // Lanes of slots that this rank uses: to and from every peer and itself, everyone's results, both ways of the ring.
 int64_t used_lanes(int nranks) { return 3 * int64_t{nranks} + 2; }
@@ -152,8 +152,9 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
 bool CarriedEngine::steps_aside(const Call& call, int64_t groups) const {
   const int64_t bytes = groups * group_bytes(call.dtype, call.codec);
   const int64_t tensors = std::max<int64_t>(1, int64_t(call.counts.size()));  // each an all-reduce of its own
-  return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
-         bytes >= aside_bytes(team_.nranks) && bytes / tensors >= kLeastSliceBytes / 2 && carrier_->adds(call.dtype);
+  const int64_t least = aside_bytes(team_.nranks);
+  return least > 0 && call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
+         bytes >= least && bytes / tensors >= kLeastSliceBytes / 2 && carrier_->adds(call.dtype);
 }
 
 Arrival CarriedEngine::add_by_carrier(const Call& call) {
