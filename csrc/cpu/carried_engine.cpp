@@ -1,11 +1,11 @@
 #include "carried_engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "../host/call_facts.h"
+#include "../host/pattern.h"
 #include "float_environment.h"
+#include "times.h"
 
 namespace dpcomm {
 
@@ -29,8 +29,6 @@ int64_t aside_bytes(int nranks) { return nranks == 2 ? 0 : 512 * 1024; }
 // Lanes of slots that this rank uses: to and from every peer and itself, everyone's results, both ways of the ring.
 int64_t used_lanes(int nranks) { return 3 * int64_t{nranks} + 2; }
 
-int64_t pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
-
 // The largest slots that perform well and fit.
 int64_t slot_bytes_for(int nranks, const CarriedWish& wish) {
   const int64_t wished = wish.slice_bytes > 0 ? wish.slice_bytes : kMostSliceBytes;
@@ -39,7 +37,7 @@ int64_t slot_bytes_for(int nranks, const CarriedWish& wish) {
   if (fits < kLeastSlotBytes)
     throw Error(Code::argument, "an arena of " + std::to_string(wish.scratch_bytes) + " bytes is too small for " +
                                     std::to_string(nranks) + " ranks. Raise DPCOMM_ARENA_MB.");
-  return std::min(fits, std::max(pages(wished), kLeastSlotBytes));
+  return std::min(fits, std::max(whole_pages(wished), kLeastSlotBytes));
 }
 
 template <class T>
@@ -71,16 +69,14 @@ class Timed final : public Stepper {
 CarriedEngine::CarriedEngine(int rank, const CarriedWish& wish, std::vector<CarriedPeer> peers,
                              std::unique_ptr<ControlPlane> plane, std::unique_ptr<Carrier> carrier, const Isa& isa,
                              const std::string& engine_name)
-    : generation_(fork_generation()),
-      made_in_pid_(getpid()),
-      peers_(std::move(peers)),
+    : peers_(std::move(peers)),
       plane_(std::move(plane)),
       carrier_(std::move(carrier)),
       isa_(isa),
       engine_name_(engine_name) {
   const int nranks = int(peers_.size());
   const int64_t slot_bytes = slot_bytes_for(nranks, wish);
-  const int64_t arena = pages(arena_bytes(nranks, kCarriedSlots, slot_bytes, true));
+  const int64_t arena = whole_pages(arena_bytes(nranks, kCarriedSlots, slot_bytes, true));
   used_bytes_ = nranks * int64_t{sizeof(Mailbox)} + used_lanes(nranks) * kCarriedSlots * slot_bytes;
   scratch_ = Arena::sparse(size_t(nranks * arena), size_t(used_bytes_));
   for (int r = 0; r < nranks; ++r) box_.push_back(reinterpret_cast<Mailbox*>(scratch_.data() + r * arena));
@@ -98,7 +94,7 @@ void CarriedEngine::verify(double timeout_s, const std::string& name) {
 }
 
 void CarriedEngine::allreduce(const Call& call) {
-  refuse_fork();
+  origin_.refuse_fork();
   if (plane_->failure() != 0) throw cause_error(&call, false);
   if (!served(call)) throw failure_text().unserved(call);
   if (team_.nranks == 1) return;
@@ -137,13 +133,8 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
   steps.waiting();
   if (end.kind != Arrival::Kind::here) fail_arrival(call, end);
   const std::lock_guard lock(stats_mutex_);
-  ++stats_.calls;
-  stats_.input_bytes += header.numel * element_bytes(call.dtype);
-  stats_.wire_bytes += wire_groups(header, bucket.groups, team_.rank, team_.nranks, Reach::network) * bytes;
-  stats_.put_s += steps.tally.ns[int(Phase::put)] * 1e-9;
-  stats_.reduce_s += steps.tally.ns[int(Phase::reduce)] * 1e-9;
-  stats_.get_s += steps.tally.ns[int(Phase::get)] * 1e-9;
-  stats_.wait_s += steps.tally.ns[int(Phase::wait)] * 1e-9;
+  count_call(stats_, header, bucket.groups, team_.rank, team_.nranks, Reach::network);
+  add_times(stats_, steps.tally);
   stats_.nonfinite_groups += steps.tally.nonfinite_groups;
 }
 
@@ -194,14 +185,11 @@ void CarriedEngine::fail(const Call& call) {
   throw cause_error(&call, true);
 }
 
-// The first time a caller on this rank meets the cause, it gets the cause itself, if that is a fact about the group. A
-// rank that calls after the time-out, and every call after the first, is told that the communicator has
-// been aborted. Ranks wait in chains: one that others waited for may have been waiting itself.
+// A rank that calls after a time-out did not wait; whether it was late says nothing. Ranks wait in chains: one that
+// others waited for may have been waiting itself.
 Error CarriedEngine::cause_error(const Call* call, bool in_call) {
   const Failure failure = unpack(plane_->failure());  // acquires the fields beside it
-  bool here = !told_.exchange(true);
-  if (failure.cause == Cause::timeout) here = here && in_call;
-  return failure_text().explain(failure, call, here);
+  return failure_text().met(failure, call, !told_.exchange(true), in_call);
 }
 
 FailureText CarriedEngine::failure_text() const {
@@ -219,20 +207,13 @@ FailureText CarriedEngine::failure_text() const {
   return text;
 }
 
-void CarriedEngine::refuse_fork() const {
-  if (!in_forked_child()) return;
-  throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
-                              ", used in pid " + std::to_string(getpid()) +
-                              ". Create it after the fork, or use the spawn start method.");
-}
-
 void CarriedEngine::abort(const std::string& reason) {
   if (in_forked_child() || closed_) return;
   plane_->propose({Cause::aborted, uint8_t(team_.rank), 0, Field::none, uint32_t(sequence_.load())}, 0, reason);
 }
 
 void CarriedEngine::check() {
-  refuse_fork();
+  origin_.refuse_fork();
   const uint64_t word = plane_->failure();
   if (word != 0) throw failure_text().explain(unpack(word), nullptr, true);
 }
@@ -244,7 +225,7 @@ void CarriedEngine::close() {
 }
 
 Stats CarriedEngine::stats(bool reset) {
-  refuse_fork();
+  origin_.refuse_fork();
   const std::lock_guard lock(stats_mutex_);
   const Stats now = stats_;
   if (reset) stats_ = {};
@@ -252,7 +233,7 @@ Stats CarriedEngine::stats(bool reset) {
 }
 
 Description CarriedEngine::describe() {
-  refuse_fork();
+  origin_.refuse_fork();
   Description d;
   d.engine = engine_name_;
   d.simd = isa_.name;
@@ -266,22 +247,13 @@ Description CarriedEngine::describe() {
   return d;
 }
 
-// Whole numbers, different on each rank and at each place: the sum is known.
 void CarriedEngine::check_pattern() {
-  std::vector<int32_t> data(size_t(kGroup) * 64 + 1);
-  for (size_t i = 0; i < data.size(); ++i) data[i] = int32_t(i * 31 + size_t(team_.rank) * 1000003);
-  Call call;
-  call.addresses = {reinterpret_cast<char*>(data.data())};
-  call.counts = {int64_t(data.size())};
-  call.dtype = Dtype::int32;
-  call.algorithm = Algorithm::direct;
-  allreduce(call);
-  const uint32_t n = uint32_t(team_.nranks);
-  for (size_t i = 0; i < data.size(); ++i)
-    if (uint32_t(data[i]) != uint32_t(i) * 31 * n + 1000003 * (n * (n - 1) / 2))
-      throw Error(Code::internal, failure_text().prefix(Code::internal, &call) + engine_name_ +
-                                      " does not deliver what was sent, at element " + std::to_string(i) +
-                                      ". Please report this with the output of `python -m dpcomm info`.");
+  PatternCall pattern(team_.rank);
+  allreduce(pattern.call);
+  if (const int64_t at = pattern.first_wrong(team_.nranks); at >= 0)
+    throw Error(Code::internal, failure_text().prefix(Code::internal, &pattern.call) + engine_name_ +
+                                    " does not deliver what was sent, at element " + std::to_string(at) +
+                                    ". Please report this with the output of `python -m dpcomm info`.");
 }
 
 }  // namespace dpcomm

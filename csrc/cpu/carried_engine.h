@@ -10,6 +10,7 @@
 #include "../host/arena.h"
 #include "../host/control_plane.h"
 #include "../host/failure_text.h"
+#include "../host/origin.h"
 #include "kernels.h"
 
 namespace dpcomm {
@@ -39,7 +40,7 @@ class CarriedEngine final : public Engine {
 
   int rank() const override { return team_.rank; }
   int nranks() const override { return team_.nranks; }
-  bool in_forked_child() const override { return fork_generation() != generation_; }
+  bool in_forked_child() const override { return origin_.in_forked_child(); }
   bool served_from_outside() const override { return true; }
   void allreduce(const Call& call) override;
   void abort(const std::string& reason) override;
@@ -61,12 +62,10 @@ class CarriedEngine final : public Engine {
   [[noreturn]] void fail_arrival(const Call& call, const Arrival& arrival);
   [[noreturn]] void fail(const Call& call);
   void check_pattern();
-  void refuse_fork() const;
   Error cause_error(const Call* call, bool in_call);
   FailureText failure_text() const;
 
-  const uint64_t generation_;
-  const int made_in_pid_;
+  const Origin origin_;
   const std::vector<CarriedPeer> peers_;
   const std::unique_ptr<ControlPlane> plane_;
   const std::unique_ptr<Carrier> carrier_;

@@ -4,6 +4,7 @@
 #include "../host/call_facts.h"
 #include "float_environment.h"
 #include "shm_engine.h"
+#include "times.h"
 
 namespace dpcomm {
 
@@ -19,7 +20,7 @@ constexpr int kYields = 500;
 }  // namespace
 
 void ShmEngine::allreduce(const Call& call) {
-  refuse_fork();
+  origin_.refuse_fork();
   if (load_acquire(team_.failure) != 0) throw cause_error(&call);
   if (!served(call)) throw failure_text().unserved(call);
   if (team_.nranks == 1) return;
@@ -49,7 +50,7 @@ void ShmEngine::allreduce(const Call& call) {
   for (int k = 0; k < channels; ++k)
     if (!channels_[size_t(k)].ok) throw cause_error(&call);
   if (measured) end_stores(first);
-  count(call, header, bucket, channels);
+  count(header, bucket, channels);
 }
 
 void ShmEngine::play(Channel& channel, const Team& team, const Bucket& bucket, const Header& header,
@@ -88,17 +89,10 @@ int ShmEngine::channels_for(int64_t slices) const {
   return wanted < 1 ? 1 : wanted < used_channels_ ? int(wanted) : used_channels_;
 }
 
-void ShmEngine::count(const Call& call, const Header& header, const Bucket& bucket, int channels) {
-  const Tally& tally = channels_[0].tally;
+void ShmEngine::count(const Header& header, const Bucket& bucket, int channels) {
   const std::lock_guard lock(stats_mutex_);
-  ++stats_.calls;
-  stats_.input_bytes += header.numel * element_bytes(call.dtype);
-  stats_.wire_bytes +=
-      wire_groups(header, bucket.groups, team_.rank, team_.nranks, Reach::memory) * group_bytes(call.dtype, call.codec);
-  stats_.put_s += tally.ns[int(Phase::put)] * 1e-9;
-  stats_.reduce_s += tally.ns[int(Phase::reduce)] * 1e-9;
-  stats_.get_s += tally.ns[int(Phase::get)] * 1e-9;
-  stats_.wait_s += tally.ns[int(Phase::wait)] * 1e-9;
+  count_call(stats_, header, bucket.groups, team_.rank, team_.nranks, Reach::memory);
+  add_times(stats_, channels_[0].tally);
   for (int k = 0; k < channels; ++k) stats_.nonfinite_groups += channels_[size_t(k)].tally.nonfinite_groups;
 }
 

@@ -1,7 +1,5 @@
 #include "shm_engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -19,8 +17,6 @@ constexpr int64_t kLeastSlotBytes = 4 * 1024;
 constexpr int64_t kSliceBytes = 256 * (2 * kGroup + 1);  // 128 KiB: 256 groups of fp16, 128 of float32
 constexpr int kSpins = 200, kSpinsCrowded = 2;
 
-int64_t pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
-
 // Slots of at least kLeastSlotBytes that make `channels` channels fit; slots 0: there are none.
 Geometry fit(int nranks, const Wish& wish, int channels, int slots) {
   const int64_t room = (wish.arena_bytes - int64_t(sizeof(ControlPage))) / channels / 4096 * 4096;
@@ -31,7 +27,7 @@ Geometry fit(int nranks, const Wish& wish, int channels, int slots) {
   g.nranks = nranks, g.channels = channels, g.slots = slots;
   g.slot_bytes = std::min(most, kMostSlotBytes);
   g.slice_bytes = std::min(g.slot_bytes, wish.slice_bytes > 0 ? wish.slice_bytes : kSliceBytes);
-  g.channel_bytes = pages(arena_bytes(nranks, slots, g.slot_bytes, true));
+  g.channel_bytes = whole_pages(arena_bytes(nranks, slots, g.slot_bytes, true));
   g.arena_bytes = int64_t(sizeof(ControlPage)) + channels * g.channel_bytes;
   g.fewer_channels = wish.fewer_channels, g.crowded = wish.crowded;
   return g;
@@ -49,19 +45,14 @@ Geometry geometry(int nranks, const Wish& wish) {
     if (const Geometry g = fit(nranks, wish, channels, slots); g.slot_bytes == kMostSlotBytes) return g;
   for (int fewer = slots; fewer >= (wish.slots > 0 ? slots : 4); fewer /= 2)
     if (const Geometry g = fit(nranks, wish, 1, fewer); g.slots > 0) return g;
-  const int64_t least = int64_t(sizeof(ControlPage)) + pages(arena_bytes(nranks, 4, kLeastSlotBytes, true));
+  const int64_t least = int64_t(sizeof(ControlPage)) + whole_pages(arena_bytes(nranks, 4, kLeastSlotBytes, true));
   throw Error(Code::argument, "an arena of " + std::to_string(wish.arena_bytes) + " bytes is too small for " +
                                   std::to_string(nranks) + " ranks: at least " + std::to_string(least) +
                                   " are needed. Raise DPCOMM_ARENA_MB.");
 }
 
 ShmEngine::ShmEngine(int rank, const Geometry& g, std::vector<Peer> peers, const Isa& isa, int rejected)
-    : generation_(fork_generation()),
-      made_in_pid_(getpid()),
-      peers_(std::move(peers)),
-      isa_(isa),
-      rejected_connections_(rejected),
-      arena_bytes_(g.arena_bytes) {
+    : peers_(std::move(peers)), isa_(isa), rejected_connections_(rejected), arena_bytes_(g.arena_bytes) {
   std::vector<char*> arenas;
   for (const Peer& p : peers_) arenas.push_back(p.arena.data());
   join(rank, g, arenas);
@@ -69,16 +60,14 @@ ShmEngine::ShmEngine(int rank, const Geometry& g, std::vector<Peer> peers, const
 }
 
 ShmEngine::ShmEngine(int rank, const Geometry& g, std::shared_ptr<std::vector<Arena>> memory, const Isa& isa)
-    : generation_(fork_generation()),
-      made_in_pid_(getpid()),
-      peers_(size_t(g.nranks)),
+    : peers_(size_t(g.nranks)),
       arenas_(std::move(memory)),
       isa_(isa),
       rejected_connections_(0),
       arena_bytes_(g.arena_bytes) {
   std::vector<char*> arenas;
   for (const Arena& a : *arenas_) arenas.push_back(a.data());
-  for (Peer& p : peers_) p.pid = made_in_pid_;
+  for (Peer& p : peers_) p.pid = origin_.pid();
   join(rank, g, arenas);
 }
 
@@ -112,14 +101,6 @@ void ShmEngine::watch_peers() {
   }
 }
 
-// The arenas are not mapped in a child.
-void ShmEngine::refuse_fork() const {
-  if (!in_forked_child()) return;
-  throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
-                              ", used in pid " + std::to_string(getpid()) +
-                              ". Create it after the fork, or use the spawn start method.");
-}
-
 void ShmEngine::fail(Failure failure) {
   failure.sequence = uint32_t(__atomic_load_n(&mine().sequence, __ATOMIC_RELAXED));
   set_once(team_.failure, pack(failure));  // naps end within 100 ms and look at it
@@ -140,7 +121,7 @@ void ShmEngine::close() {
 }
 
 Stats ShmEngine::stats(bool reset) {
-  refuse_fork();
+  origin_.refuse_fork();
   const std::lock_guard lock(stats_mutex_);
   const Stats now = stats_;
   if (reset) stats_ = {};
@@ -148,7 +129,7 @@ Stats ShmEngine::stats(bool reset) {
 }
 
 Description ShmEngine::describe() {
-  refuse_fork();
+  origin_.refuse_fork();
   const std::lock_guard lock(stats_mutex_);
   Description d;
   d.engine = "shm";

@@ -8,6 +8,7 @@
 #include "../host/arena.h"
 #include "../host/control.h"
 #include "../host/failure_text.h"
+#include "../host/origin.h"
 #include "channels.h"
 #include "kernels.h"
 
@@ -54,7 +55,7 @@ class ShmEngine final : public Engine {
 
   int rank() const override { return team_.rank; }
   int nranks() const override { return team_.nranks; }
-  bool in_forked_child() const override { return fork_generation() != generation_; }
+  bool in_forked_child() const override { return origin_.in_forked_child(); }
   void allreduce(const Call& call) override;
   void abort(const std::string& reason) override;
   void check() override;
@@ -85,10 +86,9 @@ class ShmEngine final : public Engine {
   int64_t slices(const Header& header, const Bucket& bucket) const;
   int channels_for(int64_t slices) const;
   void play(Channel& channel, const Team& team, const Bucket& bucket, const Header& header, StoreTurns& stores);
-  void count(const Call& call, const Header& header, const Bucket& bucket, int channels);
+  void count(const Header& header, const Bucket& bucket, int channels);
   bool asked_to_stop(const Call* call);
   void end_stores(const StoreTurns& turns);
-  void refuse_fork() const;
 
   void fail(Failure failure);
   void join(int rank, const Geometry& geometry, const std::vector<char*>& arenas);
@@ -108,8 +108,7 @@ class ShmEngine final : public Engine {
   FailureText failure_text() const;
   uint64_t shown(uint64_t sequence) const { return sequence - uncounted_; }
 
-  const uint64_t generation_;
-  const int made_in_pid_;
+  const Origin origin_;                         // the arenas are not mapped in a forked child
   std::vector<Peer> peers_;                     // by rank; without arenas where ranks are threads
   std::shared_ptr<std::vector<Arena>> arenas_;  // of ranks that are threads
   std::vector<Channel> channels_;               // fixed once joined: patience and calls point into it

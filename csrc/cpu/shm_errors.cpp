@@ -27,21 +27,16 @@ FailureText ShmEngine::failure_text() const {
 
 std::string ShmEngine::prefix(Code code, const Call* call) const { return failure_text().prefix(code, call); }
 
-// The first time a caller on this rank meets the cause, it gets the cause itself, if that is a fact about the group. A
-// rank that was late for a time-out, and every call after the first, is told that the communicator has been aborted.
+// A rank waited if it was in the call that timed out, and on time.
 Error ShmEngine::cause_error(const Call* call) {
   const Failure failure = unpack(load_acquire(team_.failure));
   const bool during = failure.sequence == uint32_t(mine().sequence);
-  bool here = !told_.exchange(true);
-  if (failure.cause == Cause::timeout) {
-    const uint64_t late = __atomic_load_n(&control_->waiting_for[failure.rank], __ATOMIC_RELAXED);
-    here = here && during && (late >> team_.rank & 1) == 0;
-  }
-  return failure_text().explain(failure, call, here);
+  const FailureText text = failure_text();
+  return text.met(failure, call, !told_.exchange(true), during && !text.was_late(failure));
 }
 
 void ShmEngine::check() {
-  refuse_fork();
+  origin_.refuse_fork();
   const uint64_t word = load_acquire(team_.failure);
   if (word != 0) throw failure_text().explain(unpack(word), nullptr, true);
 }

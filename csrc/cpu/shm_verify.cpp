@@ -1,6 +1,7 @@
 // The first calls of an shm communicator: does memory written here arrive there, and which kind of store is faster?
 #include <algorithm>
 
+#include "../host/pattern.h"
 #include "shm_engine.h"
 
 namespace dpcomm {
@@ -97,23 +98,14 @@ void ShmEngine::choose_channels() {
   used_channels_ = 1 << best;
 }
 
-// Whole numbers, different on each rank and at each place: the sum is known, and a slot that two ranks see at different
-// addresses or not at all shows.
 void ShmEngine::check_pattern() {
-  std::vector<int32_t> data(size_t(kGroup) * 64 + 1);
-  for (size_t i = 0; i < data.size(); ++i) data[i] = int32_t(i * 31 + size_t(team_.rank) * 1000003);
-  Call call;
-  call.addresses = {reinterpret_cast<char*>(data.data())};
-  call.counts = {int64_t(data.size())};
-  call.dtype = Dtype::int32;
-  call.algorithm = Algorithm::direct;
-  allreduce(call);
-  const uint32_t n = uint32_t(team_.nranks);
-  for (size_t i = 0; i < data.size(); ++i)
-    if (uint32_t(data[i]) != uint32_t(i) * 31 * n + 1000003 * (n * (n - 1) / 2))
-      throw Error(Code::internal,
-                  prefix(Code::internal, &call) + "shared memory does not hold what was written to it, at element " +
-                      std::to_string(i) + ". Please report this with the output of `python -m dpcomm info`.");
+  PatternCall pattern(team_.rank);
+  allreduce(pattern.call);
+  if (const int64_t at = pattern.first_wrong(team_.nranks); at >= 0)
+    throw Error(Code::internal, prefix(Code::internal, &pattern.call) +
+                                    "shared memory does not hold what was written to it, at element " +
+                                    std::to_string(at) +
+                                    ". Please report this with the output of `python -m dpcomm info`.");
 }
 
 }  // namespace dpcomm

@@ -1,7 +1,5 @@
 #include "p2p_engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <thread>
@@ -104,9 +102,7 @@ class P2pEngine::OnStream final : public Pending {
 };
 
 P2pEngine::P2pEngine(Place p)
-    : generation_(fork_generation()),
-      made_in_pid_(getpid()),
-      rank_(p.rank),
+    : rank_(p.rank),
       here_(p.here),
       geometry_(p.geometry),
       team_(std::move(p.team)),
@@ -136,14 +132,6 @@ void P2pEngine::watch_peers() {
     look();
     if (failed()) team_->give_up();  // what waits for a rank that will not enter any more
   }));
-}
-
-// The GPU's context does not survive a fork.
-void P2pEngine::refuse_fork() const {
-  if (!in_forked_child()) return;
-  throw Error(Code::fork, "[dpcomm:FORK] communicator created in pid " + std::to_string(made_in_pid_) +
-                              ", used in pid " + std::to_string(getpid()) +
-                              ". CUDA cannot be used after a fork: use the spawn start method.");
 }
 
 bool P2pEngine::failed() const { return load_acquire(&control_->failure) != 0; }
@@ -221,10 +209,7 @@ void P2pEngine::count(const DeviceTeam::Launch& launch) {
   const Segment& last = launch.segments[size_t(here_)].back();
   const int64_t groups = last.first_group + groups_of(last.elems);
   const std::lock_guard lock(stats_mutex_);
-  ++stats_.calls;
-  stats_.input_bytes += header.numel * element_bytes(Dtype(header.dtype));
-  stats_.wire_bytes += wire_groups(header, groups, rank_, nranks(), Reach::memory) *
-                       group_bytes(Dtype(header.dtype), CodecKind(header.codec));
+  count_call(stats_, header, groups, rank_, nranks(), Reach::memory);
 }
 
 void P2pEngine::abort(const std::string& reason) {

@@ -8,6 +8,7 @@
 
 #include "../host/arena.h"
 #include "../host/failure_text.h"
+#include "../host/origin.h"
 #include "device_team.h"
 #include "peer_memory.h"
 
@@ -67,7 +68,7 @@ class P2pEngine final : public Engine {
 
   int rank() const override { return rank_; }
   int nranks() const override { return geometry_.nranks; }
-  bool in_forked_child() const override { return fork_generation() != generation_; }
+  bool in_forked_child() const override { return origin_.in_forked_child(); }
   int device() const override { return team_->device(); }
   uintptr_t stream() const override { return reinterpret_cast<uintptr_t>(team_->stream()); }
   void allreduce(const Call& call) override;  // internal error: calls need a stream
@@ -82,7 +83,8 @@ class P2pEngine final : public Engine {
   class OnStream;
   struct Pattern;
 
-  void refuse_fork() const;
+  // The context of the GPU does not survive a fork.
+  void refuse_fork() const { origin_.refuse_fork("CUDA cannot be used after a fork: use the spawn start method."); }
   void watch_peers();
   void fail(Failure failure);
   void look();
@@ -98,8 +100,8 @@ class P2pEngine final : public Engine {
   FailureText failure_text() const;
   std::string prefix(Code code, const Call* call) const { return failure_text().prefix(code, call); }
 
-  const uint64_t generation_;
-  const int made_in_pid_, rank_, here_;
+  const Origin origin_;
+  const int rank_, here_;
   const P2pGeometry geometry_;
   std::shared_ptr<DeviceTeam> team_;
   std::shared_ptr<P2pMemory> memory_;

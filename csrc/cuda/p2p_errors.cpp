@@ -21,16 +21,11 @@ FailureText P2pEngine::failure_text() const {
   return text;
 }
 
-// The first time a caller on this rank meets the cause, it gets the cause itself, if that is a fact about the group. A
-// rank that was late for a time-out, and every call after the first, is told that the communicator has been aborted.
 Error P2pEngine::cause_error(const Call* call, bool of_the_call_itself) {
   const Failure failure = first_cause();
-  bool here = !told_.exchange(true) || of_the_call_itself;
-  if (failure.cause == Cause::timeout) {
-    const uint64_t late = __atomic_load_n(&control_->waiting_for[failure.rank], __ATOMIC_RELAXED);
-    here = here && (late >> rank_ & 1) == 0;
-  }
-  return failure_text().explain(failure, call, here);
+  const bool first = !told_.exchange(true) || of_the_call_itself;
+  const FailureText text = failure_text();
+  return text.met(failure, call, first, !text.was_late(failure));
 }
 
 namespace {

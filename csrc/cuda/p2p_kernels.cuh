@@ -1,5 +1,6 @@
 // The p2p kernel of one codec. CTA c of the grid plays channel c % channels of the rank c / channels.
 #pragma once
+#include "../core/select.h"
 #include "lanes.cuh"
 #include "p2p_kernel.h"
 #include "p2p_kernels.h"
@@ -19,18 +20,8 @@ __global__ void __launch_bounds__(kThreadsOf<Codec>, 1) p2p(const __grid_constan
 
 template <class Codec>
 const void* address(Algorithm algorithm) {
-  switch (algorithm) {
-    case Algorithm::direct:
-      return reinterpret_cast<const void*>(&p2p<Codec, Algorithm::direct>);
-    case Algorithm::oneshot:
-      return reinterpret_cast<const void*>(&p2p<Codec, Algorithm::oneshot>);
-    case Algorithm::ring:
-      return reinterpret_cast<const void*>(&p2p<Codec, Algorithm::ring>);
-    case Algorithm::automatic:
-    case Algorithm::carrier:
-      return nullptr;  // the engine has chosen
-  }
-  return nullptr;
+  return reinterpret_cast<const void*>(of_algorithm(algorithm, &p2p<Codec, Algorithm::direct>,
+                                                    &p2p<Codec, Algorithm::oneshot>, &p2p<Codec, Algorithm::ring>));
 }
 
 }  // namespace dpcomm

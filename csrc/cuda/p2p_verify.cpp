@@ -1,6 +1,7 @@
 // The first calls of a p2p communicator: what the driver says of peer access is no proof. Some machines drop writes
 // between GPUs in silence (ACS, IOMMU), so data is moved both ways over every channel, by the real kernels.
 #include "../core/protocol.h"
+#include "../host/pattern.h"
 #include "p2p_pattern.h"
 
 namespace dpcomm {
@@ -11,11 +12,8 @@ constexpr int64_t kElemsPerCta = 4096;  // a slice of 16 KiB for every CTA of ev
 
 }  // namespace
 
-// Whole numbers, different on each rank and at each place: the sum is known, and memory that two ranks see at different
-// addresses or not at all shows.
 P2pEngine::Pattern::Pattern(int rank, int nranks, int channels)
-    : elems(kElemsPerCta * nranks * channels + 1), image(size_t(elems)) {
-  for (size_t i = 0; i < image.size(); ++i) image[i] = int32_t(i * 31 + size_t(rank) * 1000003);
+    : elems(kElemsPerCta * nranks * channels + 1), image(pattern_of(rank, size_t(elems))) {
   for (const Algorithm algorithm : {Algorithm::direct, Algorithm::ring, Algorithm::oneshot}) {
     buffers.push_back(std::make_unique<DeviceArray<int32_t>>(image));
     Call call;
@@ -28,11 +26,7 @@ P2pEngine::Pattern::Pattern(int rank, int nranks, int channels)
 }
 
 int64_t P2pEngine::Pattern::first_wrong(size_t call, int nranks) const {
-  const uint32_t n = uint32_t(nranks);
-  const std::vector<int32_t> result = buffers[call]->read();
-  for (size_t i = 0; i < size_t(calls[call].counts[0]); ++i)
-    if (uint32_t(result[i]) != uint32_t(i) * 31 * n + 1000003 * (n * (n - 1) / 2)) return int64_t(i);
-  return -1;
+  return dpcomm::first_wrong(buffers[call]->read(), calls[call].counts[0], nranks);
 }
 
 void P2pEngine::prepare_verify(double timeout_s) {

@@ -9,6 +9,9 @@
 
 namespace dpcomm {
 
+// Bytes, rounded up to whole pages.
+constexpr int64_t whole_pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
 // How much memory this process may still take, and what says so. system_root stands before /proc and /sys in every path
 // that is read: tests fake a machine with it.
 struct MemoryRoom {

@@ -57,4 +57,11 @@ int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks, 
   return 2 * groups - ahead(1) - ahead(2);
 }
 
+void count_call(Stats& stats, const Header& header, int64_t groups, int rank, int nranks, Reach reach) {
+  const Dtype dtype = Dtype(header.dtype);
+  ++stats.calls;
+  stats.input_bytes += header.numel * element_bytes(dtype);
+  stats.wire_bytes += wire_groups(header, groups, rank, nranks, reach) * group_bytes(dtype, CodecKind(header.codec));
+}
+
 }  // namespace dpcomm

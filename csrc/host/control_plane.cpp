@@ -13,8 +13,6 @@ namespace {
 
 using Kind = ControlFrame::Kind;
 
-constexpr double kLongest = 1e8;  // s: beyond it a clock's count could overflow
-
 uint64_t all_bits(int nranks) { return nranks >= 64 ? ~uint64_t{0} : (uint64_t{1} << nranks) - 1; }
 
 // What the other end has sent, unread, would turn the end of a TCP connection into a reset, which may overtake a
@@ -114,7 +112,7 @@ void ControlPlane::propose(Failure failure, uint64_t blamed, const std::string& 
 bool ControlPlane::wait_failed(double timeout_s) {
   const InUse use(*this);
   std::unique_lock lock(mutex_);
-  changed_.wait_for(lock, std::chrono::duration<double>(std::min(timeout_s, kLongest)),
+  changed_.wait_for(lock, std::chrono::duration<double>(std::min(timeout_s, kLongestS)),
                     [this] { return failure() != 0 || closed_; });
   return failure() != 0;
 }

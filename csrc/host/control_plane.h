@@ -105,6 +105,8 @@ class ControlPlane {
   void enter();
   void leave();
 
+  static constexpr double kLongestS = 1e8;  // of a wait: beyond it a clock's count could overflow
+
   const int rank_, nranks_;
   const uint64_t others_;  // a bit for each peer
   const uint64_t generation_;

@@ -20,7 +20,6 @@ constexpr double kLookS = 0.1;
 constexpr double kLostS = 1.0;
 // For headers that complete the text of a mismatch. They have been sent: whoever noticed it had them all.
 constexpr double kRestS = 0.5;
-constexpr double kLongestS = 1e8;  // any clock holds it
 
 }  // namespace
 

@@ -160,6 +160,14 @@ Error FailureText::explain(const Failure& f, const Call* call, bool here) const 
   return error;
 }
 
+Error FailureText::met(const Failure& failure, const Call* call, bool first, bool waited) const {
+  return explain(failure, call, first && (waited || failure.cause != Cause::timeout));
+}
+
+bool FailureText::was_late(const Failure& failure) const {
+  return (__atomic_load_n(&control->waiting_for[failure.rank], __ATOMIC_RELAXED) >> rank & 1) != 0;
+}
+
 std::string FailureText::field_values(const Failure& f) const {
   const std::string first = "rank " + std::to_string(f.rank), second = "rank " + std::to_string(f.other);
   const std::string field = field_name(f.field);

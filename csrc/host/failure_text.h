@@ -29,6 +29,12 @@ struct FailureText {
   Error unserved(const Call& call) const;
   // `here`: the caller is told the cause itself, if it is a fact about the group; else that it was aborted, and why.
   Error explain(const Failure& failure, const Call* call, bool here) const;
+  // The same for a caller that met the cause. `first`: nobody on this rank has been told it; every later call is told
+  // that the communicator has been aborted. So is, of a time-out, a caller to whom it did not happen: `waited` is
+  // false.
+  Error met(const Failure& failure, const Call* call, bool first, bool waited) const;
+  // For a time-out: whoever noticed it waited for this rank, too.
+  bool was_late(const Failure& failure) const;
 
  private:
   uint64_t shown(uint64_t number) const { return number - uncounted; }
