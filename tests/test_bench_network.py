@@ -1,58 +1,37 @@
-"""benchmarks/network.py: its plan, figures, tables, goals and picture from made-up numbers, and a short real run."""
+"""benchmarks/network.py: its plan and figures from made-up numbers, and a short real run.
+
+Goals, pages and the picture: test_bench_network_report.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from network_rows import (
+    KIB,
+    MIB,
+    SCRIPT,
+    document,
+    good_rows,
+    good_training,
+    hosts,
+    network,
+    plans,
+    report,
+    row,
+    train_document,
+    train_report,
+)
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "network.py"
-sys.path.append(str(SCRIPT.parent))
-import hosts  # noqa: E402
-import network  # noqa: E402
-import network_plan as plans  # noqa: E402
-import network_report as report  # noqa: E402
-import network_train_report as train_report  # noqa: E402
-
-KIB, MIB = 1 << 10, 1 << 20
 CODECS = ["none", "fp16"]
-ENVIRONMENT = {"cpu": "abacus", "cores": 2, "caches": {}, "kernel": "k", "torch": "t", "commit": "c0ffee"}
-ENVIRONMENT |= {"date": "today", "load_average": 0.5}
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def row(size: int, gbit: float | None, name: str, time_ms: float, ratio: float, **changed: Any) -> dict[str, Any]:
-    contender, _, variant = name.partition(" ")
-    sent = size * (0.5 if variant.startswith("fp16") else 1.0)
-    made = {"hosts": 2, "gbit": gbit, "contender": contender, "variant": variant, "size_bytes": size, "rounds": 3}
-    made |= {"calls": 9, "median_ms": time_ms, "p95_ms": 2 * time_ms, "ratio": ratio, "ratio_least": ratio - 0.1}
-    made |= {"ratio_most": ratio + 0.1, "sent_bytes": sent, "counted_bytes": 1.05 * sent, "wrong": 0, "error": 0.0}
-    made |= {"line_share": plans.line_share(sent, time_ms / 1e3, gbit)}
-    return made | changed
-
-
-def good_rows(size: int = 25 * MIB) -> list[dict[str, Any]]:
-    """Each contestant at 96 % of the line at 1 Gb/s, and unshaped; every goal is reached."""
-    shaped_ms = 1e3 * plans.line_s(size, 1.0) / 0.96
-    rows = [row(size, 1.0, "gloo", shaped_ms, 1.0), row(size, 1.0, "dpcomm none/auto", shaped_ms, 1.0)]
-    rows.append(row(size, 1.0, "dpcomm fp16/auto", shaped_ms / 2, 2.0))
-    rows += [row(size, None, "gloo", 30.0, 1.0), row(size, None, "dpcomm none/auto", 29.0, 1.03)]
-    return [*rows, row(size, None, "dpcomm fp16/auto", 20.0, 1.5)]
-
-
-def document(rows: list[dict[str, Any]], skipped: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    return {"benchmark": "network", "environment": ENVIRONMENT, "rows": rows, "skipped": skipped or []}
-
-
-def verdicts(rows: list[dict[str, Any]]) -> list[bool | None]:
-    return [outcome.reached for outcome in report.outcomes(rows)]
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -82,7 +61,6 @@ def test_sizes_whose_call_takes_too_long_are_left_out_and_named() -> None:
 
 def test_rates_are_read_and_spelled_for_tc() -> None:
     assert plans.parse_rates("0.1,5,unshaped") == [0.1, 5.0, None]
-    assert [plans.tc_rate(rate) for rate in (0.1, 1.0, None)] == ["100mbit", "1000mbit", None]
     assert [plans.rate_text(rate) for rate in (0.1, 1.0, None)] == ["0.1 Gb/s", "1 Gb/s", "unshaped"]
     for text in ("0", "fast", "nan", "inf", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="expected Gb/s"):
@@ -177,168 +155,6 @@ def test_what_is_counted_is_a_hosts_own_interface() -> None:
             interface_sent()
     else:
         assert 0 <= interface_sent() <= interface_sent()
-
-
-# --- goals -----------------------------------------------------------------------------------------------------------
-
-
-def test_goals_are_reached_by_good_rows_and_not_judged_without_any() -> None:
-    assert verdicts(good_rows()) == [True, True, True, True]
-    assert verdicts([]) == [None, None, None, None]
-
-
-@pytest.mark.parametrize(
-    ("index", "changed", "missed"),
-    [
-        (2, {"ratio": 1.89}, 0),
-        (2, {"ratio": math.nan}, 0),
-        (2, {"line_share": 0.929}, 1),
-        (5, {"ratio": 1.19}, 2),
-        (1, {"ratio": 0.94}, 3),
-        (4, {"ratio": 0.94}, 3),
-    ],
-    ids=["fp16-slow", "fp16-nan", "line", "fp16-unshaped", "none-shaped", "none-unshaped"],
-)
-def test_each_goal_is_missed_by_the_row_that_misses_it(index: int, changed: dict[str, float], missed: int) -> None:
-    rows = good_rows()
-    rows[index] |= changed
-    assert verdicts(rows) == [goal != missed for goal in range(4)]
-    words = report.outcomes(rows)[missed]
-    assert "25 MiB" in words.measured
-    assert str(words).endswith(": missed")
-
-
-def test_small_sizes_count_for_none_only_and_fast_links_for_no_goal_of_the_line() -> None:
-    small = [row(64 * KIB, 1.0, "dpcomm fp16/auto", 1.0, 0.5), row(64 * KIB, 1.0, "dpcomm none/auto", 1.0, 0.96)]
-    fast = [row(25 * MIB, 5.0, "dpcomm fp16/auto", 40.0, 1.4)]
-    assert verdicts(good_rows() + small + fast) == [True, True, True, True]
-    small[1]["ratio"] = 0.9
-    assert verdicts(good_rows() + small + fast) == [True, True, True, False]
-
-
-def test_a_codec_called_auto_has_a_goal_of_its_own() -> None:
-    rows = [*good_rows(), row(64 * KIB, 0.1, "dpcomm auto/auto", 9.0, 0.9)]
-    (*_, last) = report.outcomes(rows)
-    assert (last.goal, last.reached) == ("auto nowhere below 0.95x gloo", False)
-
-
-# --- pages and pictures ----------------------------------------------------------------------------------------------
-
-
-def test_page_holds_every_row_goal_and_fact() -> None:
-    page = report.markdown(document(good_rows()))
-    for each in good_rows():
-        assert "| " + " | ".join(report.cells(each)[2:]) + " |" in page
-    for fact in ("abacus", "c0ffee", "## 2 hosts, 1 Gb/s", "## 2 hosts, unshaped", "96.0%", "| reached |"):
-        assert fact in page
-    assert "missed" not in page
-    rows = good_rows()
-    rows[2]["ratio"] = 1.0
-    assert "**missed**" in report.markdown(document(rows))
-
-
-def test_wrong_elements_are_named() -> None:
-    rows = good_rows()
-    assert report.wrong_rows(rows) == []
-    rows[2]["wrong"] = 7
-    assert report.wrong_rows(rows) == ["2 hosts, 1 Gb/s, 25 MiB, dpcomm fp16/auto: 7 elements were wrong"]
-
-
-@pytest.mark.parametrize("factor", [0.9, 1.3], ids=["too-few", "too-many"])
-def test_rows_whose_bytes_were_not_counted_are_doubtful(factor: float) -> None:
-    rows = good_rows()
-    assert report.doubtful_rows(rows) == []
-    rows[1]["counted_bytes"] = factor * rows[1]["sent_bytes"]
-    (text,) = report.doubtful_rows(rows)
-    assert text.startswith("2 hosts, 1 Gb/s, 25 MiB, dpcomm none/auto: sent 26214400 bytes, but ")
-    assert f"**Doubtful**: {text}." in report.markdown(document(rows))
-    assert report.doubtful_rows([row(64 * KIB, 1.0, "gloo", 1.0, 1.0, counted_bytes=1e9)]) == []
-
-
-def test_picture_shows_every_contestant_and_the_limits_of_the_line(tmp_path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots()
-    rows = [*good_rows(), row(25 * MIB, 0.1, "gloo", 2200.0, 1.0)]
-    report._fill(panel, rows, unshaped_at=4.0)
-    lines: dict[str, Any] = {str(drawn.get_label()): drawn for drawn in panel.lines}
-    names = ["gloo", "dpcomm none/auto", "dpcomm fp16/auto"]
-    assert sorted(lines) == sorted([*names, *(f"line, {name}" for name in names)])
-    assert list(lines["gloo"].get_xdata()) == [0.1, 1.0, 4.0]  # unshaped last
-    limits = [1e3 * 8 * 25 * MIB / rate for rate in (0.1e9, 1e9)]
-    assert list(lines["line, gloo"].get_ydata()) == pytest.approx(limits)
-    assert list(lines["line, dpcomm fp16/auto"].get_ydata()) == pytest.approx([limits[1] / 2])
-    pyplot.close(figure)
-    report.draw(document(rows), tmp_path / "network.png")
-    assert (tmp_path / "network.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def trained(seed: int, name: str, step_ms: float, loss: float, **changed: Any) -> dict[str, Any]:
-    made = {"seed": seed, "contestant": name, "step_ms": step_ms, "step_p95_ms": step_ms, "compute_ms": 60.0}
-    made |= {"alone_ms": 250.0, "final_loss": loss, "replicas_identical": True, "speedup": 300.0 / step_ms}
-    return made | changed
-
-
-def good_training() -> list[dict[str, Any]]:
-    """Final losses of the seeds vary by 0.02, those of the codecs by less."""
-    rows = []
-    for seed, loss in enumerate((2.30, 2.32, 2.34)):
-        rows += [trained(seed, train_report.STOCK, 300.0, loss), trained(seed, train_report.NONE, 290.0, loss)]
-        rows.append(trained(seed, train_report.FP16, 170.0, loss + 1e-4))
-    return rows
-
-
-def train_document(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    settings = plans.TrainPlan(seeds=3)._asdict()
-    made = {"benchmark": "train-network", "ranks": 2, "environment": ENVIRONMENT, "settings": settings}
-    return made | {"rows": rows}
-
-
-def test_goals_of_training_are_reached_by_good_rows_and_not_judged_without_any() -> None:
-    assert [each.reached for each in train_report.outcomes(good_training())] == [True] * 4
-    assert [each.reached for each in train_report.outcomes([])] == [None] * 4
-    assert train_report.seed_noise(good_training()) == pytest.approx(0.02)
-    one_seed = [each for each in good_training() if each["seed"] == 0]
-    assert [each.reached for each in train_report.outcomes(one_seed)] == [True, True, None, None]
-
-
-@pytest.mark.parametrize(
-    ("name", "changed", "missed"),
-    [
-        (train_report.STOCK, {"compute_ms": 76.0}, 0),
-        (train_report.FP16, {"speedup": 1.59}, 1),
-        (train_report.NONE, {"final_loss": 2.40}, 2),
-        (train_report.FP16, {"final_loss": math.nan}, 3),
-    ],
-    ids=["little-communication", "slow", "loss-none", "loss-nan"],
-)
-def test_each_goal_of_training_is_missed_by_rows_that_miss_it(
-    name: str, changed: dict[str, float], missed: int
-) -> None:
-    rows = [each | changed if each["contestant"] == name else each for each in good_training()]
-    assert [each.reached for each in train_report.outcomes(rows)] == [goal != missed for goal in range(4)]
-
-
-def test_page_of_training_holds_contestants_and_seeds() -> None:
-    page = train_report.markdown(train_document(good_training()))
-    for fact in ("3 seeds", "| dpcomm fp16 | 170.0 | 1.76 | 65% |", "2.0e-02", "+1.0e-04", "| reached |", "abacus"):
-        assert fact in page
-    assert page.count("| stock DDP, gloo |") == 4  # in the summary, and once a seed
-    assert "DIFFER" not in page
-
-
-def test_replicas_that_differ_across_hosts_are_named() -> None:
-    rows = good_training()
-    assert train_report.differing(rows) == []
-    rows[2]["replicas_identical"] = False
-    assert train_report.differing(rows) == ["seed 0, dpcomm fp16: replicas differed"]
-    assert "**DIFFER**" in train_report.markdown(train_document(rows))
 
 
 # --- files and real runs ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 #pragma once
 #include <unistd.h>
 
-#include <algorithm>
 #include <functional>
 #include <latch>
 #include <memory>
@@ -11,15 +10,15 @@
 #include <thread>
 #include <vector>
 
-#include "check.h"
 #include "control_plane_group.h"
 #include "cpu/carried_engine.h"
-#include "queue.h"
 #include "thread_carrier.h"
+#include "thread_ranks.h"
 
 namespace carried {
 
-inline double patience_s = 30;            // for what should take milliseconds
+using namespace thread_ranks;
+
 constexpr int64_t kScratch = 64LL << 20;  // most of it is never touched
 
 struct Shape {
@@ -89,12 +88,7 @@ struct Group {
   int size() const { return shape.ranks; }
   Queue& queue(int r) const { return *ranks[size_t(r)]->queue; }
   Engine& engine(int r) const { return ranks[size_t(r)]->engine(); }
-  // Runs body(r) for every rank at once.
-  void all(const std::function<void(int)>& body) const {
-    std::vector<std::thread> threads;
-    for (int r = 0; r < size(); ++r) threads.emplace_back(body, r);
-    for (std::thread& thread : threads) thread.join();
-  }
+  void all(const std::function<void(int)>& body) const { in_threads(size(), body); }
   // Until every rank has begun an exchange, beyond those of verify().
   void until_payload_moves(const std::vector<int64_t>& before) {
     for (int r = 0; r < size(); ++r)
@@ -109,19 +103,6 @@ struct Group {
   const Shape shape;
   Board board;  // outlives the carriers
   std::vector<std::unique_ptr<Rank>> ranks;
-};
-
-// Whole numbers, so that sums are exact: rank r starts with r + 1 everywhere.
-struct Data {
-  Data(int64_t elems, int rank) : x(size_t(elems), float(rank + 1)) {
-    call.addresses = {reinterpret_cast<char*>(x.data())};
-    call.counts = {elems};
-  }
-  bool all(float value) const {
-    return std::all_of(x.begin(), x.end(), [value](float v) { return v == value; });
-  }
-  std::vector<float> x;
-  Call call;
 };
 
 }  // namespace carried

@@ -8,23 +8,22 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <thread>
+#include <filesystem>
 #include <utility>
-#include <vector>
 
 #include "../../csrc/host/control_plane.h"
-#include "check.h"
+#include "thread_ranks.h"
 
 namespace planes {
 
-using namespace dpcomm;
+using namespace thread_ranks;
 using Kind = ControlFrame::Kind;
 
-constexpr double kPatience = 20;  // s, for what should take milliseconds
+inline int open_descriptors() {
+  const std::filesystem::directory_iterator begin("/proc/self/fd"), end;
+  return int(std::distance(begin, end));
+}
 
 inline std::pair<int, int> tcp_pair() {
   const int listener = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -83,19 +82,18 @@ struct Group {
 
   // On a thread for each rank that is no puppet and not in `but`. Returns the seconds that took.
   double all(const std::function<void(int, ControlPlane&)>& body, uint64_t but = 0) {
-    const auto start = std::chrono::steady_clock::now();
-    std::vector<std::thread> threads;
-    for (int r = 0; r < size(); ++r)
-      if (ranks[size_t(r)] && (but >> r & 1) == 0) threads.emplace_back([&, r] { body(r, *ranks[size_t(r)]); });
-    for (std::thread& thread : threads) thread.join();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const auto start = Clock::now();
+    in_threads(size(), [&](int r) {
+      if (ranks[size_t(r)] && (but >> r & 1) == 0) body(r, *ranks[size_t(r)]);
+    });
+    return seconds_since(start);
   }
 
   // Waits for the cause on all ranks and checks that it is one. All zero if there is none.
   Failure cause() {
     uint64_t word = 0;
     for (auto& rank : ranks) {
-      if (!rank || !CHECK(rank->wait_failed(kPatience))) continue;
+      if (!rank || !CHECK(rank->wait_failed(patience_s))) continue;
       if (word == 0) word = rank->failure();
       const Failure first = unpack(word), here = unpack(rank->failure());
       if (!CHECK(rank->failure() == word))

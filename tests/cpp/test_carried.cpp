@@ -5,8 +5,8 @@
 #include "carried_group.h"
 #include "core_steps.h"
 
-using carried::Data, carried::Group, carried::patience_s;
-using namespace dpcomm;
+using namespace thread_ranks;
+using carried::Group;
 using steps::Layout;
 using Round = steps::Step;  // one call of all ranks
 
@@ -134,21 +134,18 @@ void test_bits_do_not_depend_on_slices() {
 void test_threads_share_a_communicator() {
   const Group group(3);
   group.all([&](int r) {
-    std::vector<std::thread> threads;
-    for (int t = 0; t < 3; ++t)
-      threads.emplace_back([&, r, t] {  // equal calls: it does not matter which goes with which
-        for (int i = 0; i < 10; ++i) {
-          Data d(3000, r);
-          if (t < 2)
-            group.queue(r).run(d.call);
-          else
-            CHECK(group.queue(r).submit(d.call)->wait(patience_s));
-          CHECK(d.all(6));
-          group.engine(r).check();
-          CHECK(group.engine(r).describe().slots == kCarriedSlots && group.engine(r).stats(false).calls >= 0);
-        }
-      });
-    for (std::thread& thread : threads) thread.join();
+    in_threads(3, [&](int t) {  // equal calls: it does not matter which goes with which
+      for (int i = 0; i < 10; ++i) {
+        Data d(3000, r);
+        if (t < 2)
+          group.queue(r).run(d.call);
+        else
+          CHECK(group.queue(r).submit(d.call)->wait(patience_s));
+        CHECK(d.all(6));
+        group.engine(r).check();
+        CHECK(group.engine(r).describe().slots == kCarriedSlots && group.engine(r).stats(false).calls >= 0);
+      }
+    });
   });
 }
 

@@ -1,11 +1,9 @@
 // Engines whose messages a carrier moves, when something goes wrong: ranks that disagree, leave, die or abort, carriers
 // that lose messages or break. A stop after 120 s ends whatever hangs.
-#include <chrono>
-
 #include "carried_group.h"
 
-using carried::Data, carried::Group, carried::patience_s, carried::Shape;
-using namespace dpcomm;
+using namespace thread_ranks;
+using carried::Group, carried::Shape;
 using namespace std::chrono_literals;
 
 // Errors are destroyed by whichever thread lets go of them last, and the C++ library that counts them is not built for
@@ -16,51 +14,9 @@ extern "C" const char* __tsan_default_suppressions() {
 
 namespace {
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr double kSlow = 4;
-#else
-constexpr double kSlow = 1;
-#endif
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-// The Error that f throws within `limit_s` (more where all is slow); a failed check and an empty one if there is none.
-Error error_of(const std::function<void()>& f, double limit_s = 5) {
-  const auto start = Clock::now();
-  try {
-    f();
-  } catch (const Error& error) {
-    if (!CHECK(seconds_since(start) < limit_s * kSlow))
-      std::fprintf(stderr, "  %.1f s: %s\n", seconds_since(start), error.what());
-    return error;
-  }
-  CHECK(!"an Error is thrown");
-  return Error(Code::cuda, "nothing was thrown");
-}
-Error error_of(const std::shared_ptr<Job>& job, double limit_s = 5) {
-  return error_of(
-      [&] {
-        if (!CHECK(job->wait(patience_s))) return;
-        if (job->error()) std::rethrow_exception(job->error());
-      },
-      limit_s);
-}
-bool is(const Error& error, Code code) {
-  if (error.code == code) return true;
-  std::fprintf(stderr, "  %s expected, not: %s\n", name_of(code), error.what());
-  return false;
-}
-bool says(const Error& error, const std::string& text) {
-  if (std::string(error.what()).find(text) != std::string::npos) return true;
-  std::fprintf(stderr, "  '%s' does not contain '%s'\n", error.what(), text.c_str());
-  return false;
-}
-
 // A call of rank r that fails. When its error is here nothing touches the caller's memory any more.
 Error failure_of(Group& group, int r, Data& d, double limit_s = 5) {
-  const Error error = error_of([&] { group.queue(r).run(d.call); }, limit_s);
+  const Error error = error_of([&] { group.queue(r).run(d.call); }, limit_s * kSlow);
   CHECK(group.board.aborted(r) && !group.board.holds_memory(r));
   const std::vector<float> left = d.x;
   std::this_thread::sleep_for(5ms);
@@ -69,40 +25,26 @@ Error failure_of(Group& group, int r, Data& d, double limit_s = 5) {
 }
 void is_poisoned(Group& group, int r) {
   Data d(5, r);
-  CHECK(is(error_of([&] { group.queue(r).run(d.call); }, 1), Code::aborted) && d.all(float(r + 1)));
+  CHECK(is(error_of([&] { group.queue(r).run(d.call); }, kSlow), Code::aborted) && d.all(float(r + 1)));
 }
 
 constexpr Algorithm kAlgorithms[] = {Algorithm::direct, Algorithm::oneshot, Algorithm::ring};
 
 // ---- before any payload moves --------------------------------------------------------------------------------------
 
-using Change = void (*)(Call&);
-
-void mismatch(Change change, const std::string& field, int64_t usual_elems) {
-  Group group(3);
-  const auto before = group.exchanges();
-  group.all([&](int r) {
-    Data d(usual_elems, r), more(std::max<int64_t>(usual_elems, 100000), r);
-    more.call.counts = d.call.counts;
-    Data& mine = r == 1 ? more : d;
-    if (r == 1) change(mine.call);
-    const Error error = failure_of(group, r, mine, 2);
-    CHECK(is(error, Code::mismatch) && says(error, field));
-    CHECK(mine.all(float(r + 1)));
-    is_poisoned(group, r);
-  });
-  CHECK(group.exchanges() == before);
-}
-
 void test_mismatches_move_nothing_and_are_told_to_all() {
-  mismatch([](Call& c) { c.counts[0] = 4; }, "numel: rank 0 has 8, rank 1 has 4", 8);
-  mismatch([](Call& c) { c.counts[0] = 100000; }, "rank 1 has 100000", 8);  // "auto" is oneshot here and direct there
-  mismatch([](Call& c) { c.counts[0] = 0; }, "rank 1 has 0", 100);
-  mismatch([](Call& c) { c.dtype = Dtype::int32; }, "dtype", 100000);
-  mismatch([](Call& c) { c.op = Op::mean; }, "op", 8);
-  mismatch([](Call& c) { c.codec = CodecKind::fp16; }, "codec", 8);
-  mismatch([](Call& c) { c.bucket = 3; }, "bucket 3", 8);
-  mismatch([](Call& c) { c.algorithm = Algorithm::ring; }, "algorithm", 8);
+  for (const Mismatch& mismatch : kMismatches) {
+    Group group(3);
+    const auto before = group.exchanges();
+    group.all([&](int r) {
+      Disagreeing d(mismatch, r);
+      const Error error = failure_of(group, r, d, 2);
+      CHECK(is(error, Code::mismatch) && says(error, mismatch.text));
+      CHECK(d.all(float(r + 1)));
+      is_poisoned(group, r);
+    });
+    CHECK(group.exchanges() == before);
+  }
 }
 
 // An argument that no rank can serve is no failure of the group.
@@ -148,7 +90,7 @@ void test_a_rank_finds_the_cause_though_all_others_are_silent() {
   CarriedEngine engine(kMe, {carried::kScratch}, std::vector<CarriedPeer>(kRanks, {getpid(), ""}),
                        std::make_unique<ControlPlane>(kMe, std::move(mesh[kMe])), board.carrier(kMe), isa("portable"),
                        "threads");
-  const Error error = error_of([&] { engine.verify(0.1, "abcd"); }, 2 + 0.4 * kRanks);
+  const Error error = error_of([&] { engine.verify(0.1, "abcd"); }, (2 + 0.4 * kRanks) * kSlow);
   CHECK(is(error, Code::timeout) && error.waiting_for.size() == kRanks - 1);
   CHECK(board.aborted(kMe) && board.exchanges(kMe) == 0);
 }
@@ -243,9 +185,7 @@ void test_abort_ends_calls_in_flight_on_all_ranks() {
   during_a_call(
       group,
       [&] {
-        std::thread twice([&] { group.engine(2).abort("enough"); });  // the first cause wins
-        group.engine(2).abort("enough");
-        twice.join();
+        in_threads(2, [&](int) { group.engine(2).abort("enough"); });  // the first cause wins
       },
       [](int, const Error& error) {
         CHECK(is(error, Code::aborted) && says(error, "rank 2 gave up") && says(error, "enough"));

@@ -2,30 +2,19 @@
 // under a race detector and an address checker. A stop after 120 s ends whatever hangs.
 #include <unistd.h>
 
-#include <algorithm>
-#include <chrono>
-#include <functional>
-#include <memory>
-#include <thread>
-
-#include "check.h"
 #include "cpu/shm_builder.h"
-#include "queue.h"
+#include "thread_ranks.h"
 
-using namespace dpcomm;
+using namespace thread_ranks;
 using namespace std::chrono_literals;
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-constexpr double kTimeout = 30;  // s, for what should take milliseconds
 constexpr int64_t kArena = 1 << 20;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // One communicator: a queue per rank.
 struct Group {
-  explicit Group(int nranks, double timeout_s = kTimeout, int channels = 1) {
+  explicit Group(int nranks, double timeout_s = patience_s, int channels = 1) {
     Wish wish{kArena};
     if (channels > 1) {
       wish.arena_bytes = channels * 8 * kArena;
@@ -35,61 +24,11 @@ struct Group {
     for (auto& engine : local_engines(nranks, wish, timeout_s, "portable", "abcd"))
       rank.push_back(std::make_unique<Queue>(std::move(engine)));
   }
-  // Runs body(r) for every rank at once.
-  void all(const std::function<void(int)>& body) const {
-    std::vector<std::thread> threads;
-    for (int r = 0; r < int(rank.size()); ++r) threads.emplace_back(body, r);
-    for (std::thread& thread : threads) thread.join();
-  }
+  void all(const std::function<void(int)>& body) const { in_threads(int(rank.size()), body); }
   std::vector<std::unique_ptr<Queue>> rank;
 };
 
-// Whole numbers, so that sums are exact: rank r starts with r + 1 everywhere.
-struct Data {
-  Data(int64_t elems, int rank) : x(size_t(elems), float(rank + 1)) {
-    call.addresses = {reinterpret_cast<char*>(x.data())};
-    call.counts = {elems};
-  }
-  bool all(float value) const {
-    return std::all_of(x.begin(), x.end(), [value](float v) { return v == value; });
-  }
-  std::vector<float> x;
-  Call call;
-};
-
 float sum_of_ranks(int n) { return float(n * (n + 1) / 2); }
-
-// The Error that f throws within `limit_s`; a failed check and an empty one if there is none.
-Error error_of(const std::function<void()>& f, double limit_s = 5) {
-  const auto start = Clock::now();
-  try {
-    f();
-  } catch (const Error& error) {
-    if (!CHECK(seconds_since(start) < limit_s))
-      std::fprintf(stderr, "  %.1f s: %s\n", seconds_since(start), error.what());
-    return error;
-  }
-  CHECK(!"an Error is thrown");
-  return Error(Code::cuda, "nothing was thrown");
-}
-Error error_of(const std::shared_ptr<Job>& job, double limit_s = 5) {
-  return error_of(
-      [&] {
-        if (!CHECK(job->wait(kTimeout))) return;
-        if (job->error()) std::rethrow_exception(job->error());
-      },
-      limit_s);
-}
-bool is(const Error& error, Code code) {
-  if (error.code == code) return true;
-  std::fprintf(stderr, "  %s expected, not: %s\n", name_of(code), error.what());
-  return false;
-}
-bool says(const Error& error, const std::string& text) {
-  if (std::string(error.what()).find(text) != std::string::npos) return true;
-  std::fprintf(stderr, "  '%s' does not contain '%s'\n", error.what(), text.c_str());
-  return false;
-}
 
 // ---- calls -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +58,7 @@ void use(const Group& group, int rounds) {
       data.push_back(std::make_unique<Data>(i, r));
       queue.run(data.back()->call);
     }
-    for (const auto& job : jobs) CHECK(job->wait(kTimeout) && !job->error());
+    for (const auto& job : jobs) CHECK(job->wait(patience_s) && !job->error());
     for (const auto& d : data) CHECK(d->all(sum_of_ranks(n)));
     done = true;
     onlooker.join();
@@ -132,33 +71,28 @@ void use(const Group& group, int rounds) {
 }
 
 void test_several_communicators_at_once() {
-  std::vector<std::thread> threads;
-  for (const int n : {1, 2, 3})
-    threads.emplace_back([n] {
-      const Group group(n, kTimeout, n);
-      CHECK(n == 1 || group.rank[0]->engine().describe().channels == n);
-      use(group, 8);
-      group.all([&](int r) { group.rank[size_t(r)]->close(1); });
-    });
-  for (std::thread& thread : threads) thread.join();
+  in_threads(3, [](int i) {
+    const int n = i + 1;
+    const Group group(n, patience_s, n);
+    CHECK(n == 1 || group.rank[0]->engine().describe().channels == n);
+    use(group, 8);
+    group.all([&](int r) { group.rank[size_t(r)]->close(1); });
+  });
 }
 
 void test_two_threads_share_a_communicator() {
   const Group group(2);
   group.all([&](int r) {
-    std::vector<std::thread> threads;
-    for (int t = 0; t < 2; ++t)
-      threads.emplace_back([&, r, t] {  // equal calls: it does not matter which pairs with which
-        for (int i = 0; i < 10; ++i) {
-          Data d(3000, r);
-          if (t == 0)
-            group.rank[size_t(r)]->run(d.call);
-          else
-            CHECK(group.rank[size_t(r)]->submit(d.call)->wait(kTimeout));
-          CHECK(d.all(3));
-        }
-      });
-    for (std::thread& thread : threads) thread.join();
+    in_threads(2, [&](int t) {  // equal calls: it does not matter which pairs with which
+      for (int i = 0; i < 10; ++i) {
+        Data d(3000, r);
+        if (t == 0)
+          group.rank[size_t(r)]->run(d.call);
+        else
+          CHECK(group.rank[size_t(r)]->submit(d.call)->wait(patience_s));
+        CHECK(d.all(3));
+      }
+    });
   });
 }
 
@@ -178,7 +112,7 @@ void test_leaving_after_the_last_call_disturbs_nobody() {
 // Every rank's calls play on two channels; a call that is aborted leaves none of them behind.
 void test_an_abort_ends_all_channels() {
   for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring}) {
-    const Group group(3, kTimeout, 2);
+    const Group group(3, patience_s, 2);
     group.all([&](int r) {
       Queue& queue = *group.rank[size_t(r)];
       if (r == 2) {
@@ -221,7 +155,7 @@ void test_a_ring_names_the_rank_that_stopped() {
 }
 
 void test_channels_find_a_mismatch_in_time() {
-  const Group group(2, kTimeout, 2);
+  const Group group(2, patience_s, 2);
   group.all([&](int r) {
     Data d(r == 0 ? 50000 : 5, r);  // two channels there, one here
     const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 1);
@@ -250,40 +184,25 @@ void test_a_rank_that_never_calls_is_named() {
   CHECK(is(error_of([&] { group.rank[0]->engine().check(); }), Code::timeout));
 }
 
-using Change = void (*)(Call&);
-
-void mismatch(Change change, const std::string& field, int64_t usual_elems) {
-  const Group group(3);
-  group.all([&](int r) {
-    Data d(usual_elems, r), more(std::max<int64_t>(usual_elems, 100000), r);
-    more.call.counts = d.call.counts;
-    Call& call = r == 1 ? more.call : d.call;
-    if (r == 1) change(call);
-    const Error error = error_of([&] { group.rank[size_t(r)]->run(call); }, 1);
-    CHECK(is(error, Code::mismatch) && says(error, field));
-    CHECK(d.all(float(r + 1)) && more.all(float(r + 1)));
-    CHECK(is(error_of([&] { group.rank[size_t(r)]->run(d.call); }), Code::aborted));  // poisoned
-  });
-}
-
 void test_mismatches_are_told_to_all_within_a_second() {
-  mismatch([](Call& c) { c.counts[0] = 4; }, "numel", 8);
-  mismatch([](Call& c) { c.counts[0] = 100000; }, "rank 1 has", 8);  // "auto" is oneshot here and direct there
-  mismatch([](Call& c) { c.counts[0] = 0; }, "rank 1 has 0", 100);
-  mismatch([](Call& c) { c.dtype = Dtype::int32; }, "dtype", 100000);
-  mismatch([](Call& c) { c.op = Op::mean; }, "op", 8);
-  mismatch([](Call& c) { c.codec = CodecKind::fp16; }, "codec", 8);
-  mismatch([](Call& c) { c.bucket = 3; }, "bucket 3", 8);
-  mismatch([](Call& c) { c.algorithm = Algorithm::direct; }, "algorithm", 8);
+  for (const Mismatch& mismatch : kMismatches) {
+    const Group group(3);
+    group.all([&](int r) {
+      Disagreeing d(mismatch, r);
+      const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 1);
+      CHECK(is(error, Code::mismatch) && says(error, mismatch.text));
+      Data poisoned(8, r);
+      CHECK(is(error_of([&] { group.rank[size_t(r)]->run(poisoned.call); }), Code::aborted));
+      CHECK(d.all(float(r + 1)) && poisoned.all(float(r + 1)));
+    });
+  }
 }
 
 void test_abort_ends_calls_in_flight_on_all_ranks() {
   const Group group(3);
   std::thread aborter([&] {
     std::this_thread::sleep_for(20ms);
-    std::vector<std::thread> threads;  // two at once: the first cause wins
-    for (int i = 0; i < 2; ++i) threads.emplace_back([&] { group.rank[2]->engine().abort("enough"); });
-    for (std::thread& thread : threads) thread.join();
+    in_threads(2, [&](int) { group.rank[2]->engine().abort("enough"); });  // the first cause wins
   });
   group.all([&](int r) {
     if (r == 2) return;
