@@ -166,9 +166,10 @@ def sweep() -> None:
 
 
 def _bucket(gbit: float) -> tuple[str, ...]:
-    """The arguments of a token bucket. It holds what the line carries in 2 ms, in which a busy machine finds the time to
-    empty it, but 128 KiB at least, two of the packets that TCP hands to a virtual link, and 256 KiB at most: what has
-    been saved up passes at once.
+    """The arguments of a token bucket.
+
+    It holds what the line carries in 2 ms, in which a busy machine finds the time to empty it, but 128 KiB at least,
+    two of the packets that TCP hands to a virtual link, and 256 KiB at most: what has been saved up passes at once.
 
     50 ms of queue, 6 MB at 1 Gb/s, are more than one TCP connection has under way (tcp_wmem, 4 MB), so that nothing is
     dropped between two hosts there.

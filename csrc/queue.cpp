@@ -130,6 +130,10 @@ void Queue::work() {
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals belong to the program's own threads
   pthread_setname_np(pthread_self(), "dpcomm-worker");
+  run_jobs();
+}
+
+void Queue::run_jobs() {
   for (;;) {
     std::pair<uint64_t, std::shared_ptr<Job>> next;
     {
@@ -159,8 +163,11 @@ void Queue::close(double grace_s) {
     std::unique_lock lock(mutex_);
     const auto idle = [&] { return serving_ == next_; };
     if (!changed_.wait_for(lock, duration<double>(grace_s), idle)) {
+      const bool unserved = engine_->served_from_outside() && !serving_outside_;
+      if (unserved) stop_ = true;  // a serve() that comes from now on returns at once
       lock.unlock();
       engine_->abort("closed while operations were in flight");
+      if (unserved) run_jobs();  // nobody else ends them
       lock.lock();
       changed_.wait(lock, idle);  // bounded: an aborted call ends within 100 ms
     }
@@ -170,9 +177,25 @@ void Queue::close(double grace_s) {
     changed_.wait(lock, [&] { return !serving_outside_; });
   }
   if (worker) worker->join();
-  const std::lock_guard lock(mutex_);
-  if (!engine_closed_) engine_->close();
-  engine_closed_ = true;
+  close_engine();
+}
+
+// Without the lock: an engine may wait for threads that ask this queue, or for Python's lock, whose holder may.
+void Queue::close_engine() {
+  {
+    std::unique_lock lock(mutex_);
+    if (engine_closing_) return changed_.wait(lock, [&] { return engine_closed_; });
+    engine_closing_ = true;
+  }
+  struct Closed {
+    Queue& queue;
+    ~Closed() {
+      const std::lock_guard lock(queue.mutex_);
+      queue.engine_closed_ = true;
+      queue.changed_.notify_all();
+    }
+  } closed{*this};
+  engine_->close();
 }
 
 }  // namespace dpcomm

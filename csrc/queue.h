@@ -45,7 +45,8 @@ class Queue {
   void serve();
   // For engines of a device: in the caller's thread, which does not wait for the device.
   std::shared_ptr<Pending> enqueue(const Call& call, uintptr_t stream);
-  // Refuses new calls, waits grace_s for those under way, then aborts them. Idempotent.
+  // Refuses new calls, waits grace_s for those under way, then aborts them. Idempotent; whoever comes second returns
+  // when the engine is closed, too.
   void close(double grace_s);
   bool closed() const { return closing_.load(); }
   Engine& engine() { return *engine_; }
@@ -57,6 +58,8 @@ class Queue {
   void wait_turn(uint64_t ticket, const Call* call);
   void next_turn();
   void work();
+  void run_jobs();
+  void close_engine();
   void run_outside(const Call& call);
   bool in_forked_child() const;
 
@@ -66,7 +69,8 @@ class Queue {
   uint64_t next_ = 0, serving_ = 0;  // tickets: the call that holds `serving_` runs
   std::deque<std::pair<uint64_t, std::shared_ptr<Job>>> jobs_;
   std::atomic<bool> closing_{false};
-  bool stop_ = false, engine_closed_ = false;
+  bool stop_ = false;
+  bool engine_closing_ = false, engine_closed_ = false;
   bool serving_outside_ = false;         // serve() runs
   std::unique_ptr<std::thread> worker_;  // a pointer: in a forked child the thread is not there, and is let go of
 };

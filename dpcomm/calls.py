@@ -70,6 +70,8 @@ class CpuCalls:
     def __init__(self, native: _native.Comm | None, cap_bytes: float) -> None:
         self._native, self._cap_bytes = native, cap_bytes
         self._pending: deque[Work] = deque()
+        # Of those, what a call works on, and not the communicator: its finalizer holds on to this while it closes.
+        self.in_use: deque[object] = deque()
 
     def parts(self, x: Any) -> Parts:
         """See `Calls`."""
@@ -93,6 +95,7 @@ class CpuCalls:
         self.release()
         work = Work(list(parts.segments.values()), (owner, parts.kept))
         if self._native is not None:
+            self.in_use.append(parts)
             self._pending.append(work)  # before the first job: the arrays must live even if a later submit raises
             for call in arguments(parts, request, self._cap_bytes):
                 work._add(self._native.submit(*call))
@@ -114,3 +117,4 @@ class CpuCalls:
         with contextlib.suppress(IndexError):  # another thread may empty the queue meanwhile
             while self._pending[0].is_completed():
                 self._pending.popleft()
+                self.in_use.popleft()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from dpcomm import _native, carriers
 from dpcomm.addresses import Address, own_address
-from dpcomm.errors import ArgumentError, Error, PeerLostError, UnsupportedError
+from dpcomm.errors import ArgumentError, CommTimeoutError, Error, PeerLostError, UnsupportedError
 from dpcomm.network import Meeting
 from dpcomm.options import Options
 from dpcomm.rendezvous import Rendezvous
@@ -24,6 +25,7 @@ logger = logging.getLogger("dpcomm")
 
 LOOK_S = 0.05  # how often the wait for torch's own connections looks for failures
 END_S = 1.0  # for a call to end after a failure
+LATE_END_S = 0.2  # for it to end once the time of the construction is over
 SOCKETS_CLOSED = (-1, -1)  # of this rank itself
 
 
@@ -95,13 +97,15 @@ class CarriedBuilder:
         """Connects the carrier and makes the first call."""
         hellos, me = self._meeting.hellos, self._meeting.hellos[self._meeting.rank]
         carrier: carriers.Carrier
-        carrier = carriers.GlooCarrier() if self._engine == "gloo" else carriers.TorchCarrier(self._device)
+        carrier, scratch_bytes = carriers.GlooCarrier(), self._options.arena_bytes
+        if self._engine == "torch":  # whose copies take as much as the slots, at most
+            carrier, scratch_bytes = carriers.TorchCarrier(self._device), scratch_bytes // 2
         # From here on the extension closes them, however this ends.
         sockets = [pair if pair is not None else SOCKETS_CLOSED for pair in self._sockets]
         self._sockets = []
         comm = _native.CarriedComm(
             rank=me.rank,
-            wish=_native.CarriedWish(self._options.arena_bytes),
+            wish=_native.CarriedWish(scratch_bytes),
             pids=[hello.pid for hello in hellos],
             hosts=["" if _sees(me, hello) else hello.hostname for hello in hellos],
             sockets=sockets,
@@ -128,8 +132,15 @@ class CarriedBuilder:
         comm.verify(timeout_s, name)
 
     def _run_beside(self, comm: _native.CarriedComm, work: Callable[[], None]) -> None:
-        """Runs work in a thread: torch waits for peers in ways that neither Ctrl-C nor a peer's death ends."""
+        """Runs work in a thread: torch waits for peers in ways that neither Ctrl-C nor a peer's death ends.
+
+        Nor does its own time limit where this rank is cut off from the store.
+
+        Raises:
+            CommTimeoutError: It did not end in the time that is left.
+        """
         failures: list[Exception] = []
+        until = time.monotonic() + self._meeting.remaining_s()
 
         def run() -> None:
             try:
@@ -145,9 +156,11 @@ class CarriedBuilder:
                 if thread.is_alive() and comm.wait_failed(0.001):
                     thread.join(END_S)  # in a call, it ends with a better error
                     comm.check()
+                if thread.is_alive() and time.monotonic() > until:
+                    raise self._late()
         except BaseException as error:
             comm.abort(repr(error))
-            thread.join(END_S)
+            thread.join(LATE_END_S if time.monotonic() > until else END_S)
             raise
         if failures and isinstance(failures[0], Error):
             raise failures[0]
@@ -157,6 +170,14 @@ class CarriedBuilder:
             comm.abort(f"torch could not connect the ranks: {failures[0]}")
             comm.wait_failed(END_S)  # all know before this rank says goodbye
             raise UnsupportedError(f"engine {self._engine}: torch could not connect the ranks: {failures[0]}")
+
+    def _late(self) -> Error:
+        me = self._meeting.hellos[self._meeting.rank]
+        return CommTimeoutError(
+            f"rank {me.rank} on {me.hostname}, engine {self._engine}: torch could not connect the ranks, and try a "
+            f"call, within the {self._options.timeout_s:g} s of the construction. Is the network to a host cut, or is "
+            "timeout_s too short?"
+        )
 
     def _torch(self, timeout_s: float) -> dist.ProcessGroup:
         """A group like the user's, for messages alone: calls on one group must come in the same order on all ranks.
@@ -181,7 +202,9 @@ class CarriedBuilder:
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where a group's backend takes tensors: on the CPU if it may, else on the current device of its kind."""
-    devices = [torch.device(device) for device in group._device_types]
+    # A group that is written in Python may know no devices; those that its backend was registered for are known.
+    known = group._device_types or dist.Backend.backend_capability.get(dist.get_backend(group), ["cpu"])
+    devices = [torch.device(device) for device in known]
     device = next((d for d in devices if d.type == "cpu"), devices[0])
     if device.type == "cpu" or device.index is not None:
         return device

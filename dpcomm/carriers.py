@@ -7,6 +7,7 @@ Knows addresses and byte counts; no codec, no schedule. The extension calls `exc
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 from dpcomm import _native
 from dpcomm.arrays import bytes_at
+
+logger = logging.getLogger("dpcomm")
 
 Transfers: TypeAlias = "list[tuple[int, int, int]]"  # peer, address, bytes
 Arrival: TypeAlias = "tuple[int, int, str]"  # kind, peer or -1, the library's words
@@ -132,7 +135,7 @@ class GlooCarrier(Carrier):
         self._works: dict[int, list[tuple[int, Any]]] = {}
         self._adding: list[Any] = []  # of the last add()
         self._aborting = threading.Lock()
-        self._aborted = False
+        self._aborted = self._left = False
 
     def connect(self, group: Any) -> None:
         """Takes the groups, which nobody else uses."""
@@ -197,8 +200,27 @@ class GlooCarrier(Carrier):
         # A thread of gloo's that adds up meets the closed connection with its next message. Whoever aborts waits for
         # that, also the second: it hands the memory back.
         until = time.monotonic() + END_S
-        while not all(work.is_completed() for work in self._adding) and time.monotonic() < until:
+        while unfinished := sum(not work.is_completed() for work in self._adding):
+            if time.monotonic() >= until:
+                return self._leave(unfinished)
             time.sleep(1e-3)
+        return None
+
+    def _leave(self, unfinished: int) -> None:
+        """Says once that memory goes back to its owner although gloo has not let go of it."""
+        with self._aborting:
+            if self._left:
+                return
+            self._left = True
+        _abandoned.append((self._groups, self._adding))
+        logger.warning(
+            "rank %d: %d of gloo's own all-reduces have not ended %g s after the communicator failed, and may still "
+            "write to the tensors of that call. Keep those tensors, without using them, and end this process as soon "
+            "as you can; if it happens again, algorithm='direct' does without gloo's own all-reduce.",
+            self._rank,
+            unfinished,
+            END_S,
+        )
 
     def _close_connections(self) -> None:
         nothing = torch.empty(1, dtype=torch.uint8)
@@ -219,7 +241,8 @@ class TorchCarrier(Carrier):
     """Any backend that moves uint8 tensors all-to-all. Messages are copied into tensors on its device and out of them.
 
     The group is asked again and again whether an exchange is complete, never waited for: an error on another rank can
-    then end a call although the backend knows no way to end what is in flight.
+    then end a call although the backend knows no way to end what is in flight. The copies are used again, so they take
+    no more than what is in flight at once, which is no more than the slots.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -227,6 +250,7 @@ class TorchCarrier(Carrier):
         self._group: dist.ProcessGroup | None = None
         self._device = device
         self._started: dict[int, tuple[Any, torch.Tensor, torch.Tensor, Transfers]] = {}
+        self._spare: list[torch.Tensor] = []  # staging of exchanges that are over
         self._aborted = threading.Event()
 
     def connect(self, group: Any) -> None:
@@ -243,7 +267,7 @@ class TorchCarrier(Carrier):
             out[at : at + count].copy_(bytes_at(address, count))
             at += count
         into, in_counts = self._staging(receives, group.size())
-        work = group.alltoall_base(into, out, in_counts, out_counts)
+        work = group.alltoall_base(into[: sum(in_counts)], out[: sum(out_counts)], in_counts, out_counts)
         self._started[ticket] = (work, out, into, receives)
 
     def adds(self, dtype: str) -> bool:
@@ -252,7 +276,7 @@ class TorchCarrier(Carrier):
 
     def wait(self, ticket: int, timeout_s: float) -> Arrival:
         """Copies what was received, unless the exchange was aborted meanwhile."""
-        work, _out, into, receives = self._started[ticket]
+        work, out, into, receives = self._started[ticket]
         deadline, pause = time.monotonic() + timeout_s, 20e-6
         while not work.is_completed():
             if self._aborted.is_set():
@@ -270,6 +294,7 @@ class TorchCarrier(Carrier):
         for _, address, count in sorted(receives):
             bytes_at(address, count).copy_(into[at : at + count])
             at += count
+        self._spare += [out, into]
         return HERE
 
     def abort(self) -> None:
@@ -281,17 +306,22 @@ class TorchCarrier(Carrier):
     def close(self) -> None:
         """Lets go of the group, and torch of it, unless its backend may still be at work for it."""
         super().close()
-        self._started = {}
+        self._started, self._spare = {}, []
         group, self._group = self._group, None
         if group is not None and not self._aborted.is_set():
             with contextlib.suppress(ValueError, RuntimeError):  # the user has destroyed all groups
                 dist.destroy_process_group(group)
 
     def _staging(self, transfers: Transfers, nranks: int) -> tuple[torch.Tensor, list[int]]:
+        """Memory for the messages, or more; and how many bytes of it belong to each rank."""
         counts = [0] * nranks
         for peer, _, count in transfers:
             counts[peer] = count
-        return torch.empty(sum(counts), dtype=torch.uint8, device=self._device), counts
+        # One that is too small is let go of: sizes differ between calls, not within one.
+        spare = self._spare.pop() if self._spare else None
+        if spare is None or spare.numel() < sum(counts):
+            spare = torch.empty(sum(counts), dtype=torch.uint8, device=self._device)
+        return spare, counts
 
 
 # What backends without a way to stop may still write to, and their groups, whose destructors may wait for that.

@@ -121,7 +121,8 @@ class Communicator:
         self._finalizer = None
         if native is not None:
             # Runs when the last reference goes, or at exit.
-            self._finalizer = weakref.finalize(self, _close_native, native, os.getpid())
+            in_use = self._calls.in_use if isinstance(self._calls, CpuCalls) else None
+            self._finalizer = weakref.finalize(self, _close_native, native, os.getpid(), in_use)
 
     @property
     def closed(self) -> bool:
@@ -306,10 +307,16 @@ class Communicator:
         return table
 
 
-def _close_native(native: _native.Comm, pid: int) -> None:
+def _close_native(native: _native.Comm, pid: int, in_use: object) -> None:
+    """in_use: what calls under way work on; it must live until they have ended."""
     if os.getpid() != pid:  # a forked child that exits leaves its parent's communicator alone
         return
     if threading.current_thread().name in CARRIER_THREADS:  # the collector came by there; it cannot wait for itself
-        threading.Thread(target=native.close, args=(EXIT_GRACE_S,)).start()
+        threading.Thread(target=_close_beside, args=(native, in_use)).start()
     else:
         native.close(EXIT_GRACE_S)
+
+
+def _close_beside(native: _native.Comm, in_use: object) -> None:
+    native.close(EXIT_GRACE_S)
+    del in_use

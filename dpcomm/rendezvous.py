@@ -27,6 +27,7 @@ from dpcomm.errors import (
 from dpcomm.options import CPU, Options
 from dpcomm.processors import processor_set
 from dpcomm.records import PAYLOAD_BYTES, Hello, Outcome, bitmap, decode, encode, ranks_in
+from dpcomm.store_calls import NoAnswerError, StoreCalls
 
 # Second rounds, the same stages once more: for GPUs whose memory cannot be shared, with arenas in pinned host memory;
 # for ranks that share no host, or want none, with an engine that goes through the network.
@@ -38,6 +39,7 @@ LAST = ("verify", "verify" + PINNED, "verify" + NETWORK)
 # warning when its time is up; so the store is asked again and again, at intervals that grow from 0.5 to 20 ms.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.0005, 0.02
 LIVENESS_PERIOD_S = 0.2
+ANSWER_S = 0.5  # that the store has for each answer, the deadline past or not
 # Of a hello record, what must be the same on all ranks. Time limits may differ.
 COMPARED = (
     *("nranks", "group", "engine", "device", "codec", "algorithm", "bucket_cap_mb"),
@@ -73,6 +75,7 @@ class Rendezvous:
         self.hellos: list[Hello] = []
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self._calls = StoreCalls()
         self._next = 1  # the stage at which others would wait for this rank, if it gave up
         tag = hashlib.sha256(site.members.encode()).hexdigest()[:16]
         self.number = int(self._ask(self.store.add, f"dpcomm/{tag}/count/{self.rank}", 1))
@@ -123,7 +126,10 @@ class Rendezvous:
         except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
             failure = InternalError(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-        self._publish(index, _outcome(self.rank, index, failure, payload))
+        try:
+            self._publish(index, _outcome(self.rank, index, failure, payload))
+        except CommTimeoutError as silence:
+            raise silence from failure
         outcomes = [decode(Outcome, self._fetch(index, rank), rank) for rank in range(self.nranks)]
         failed = [outcome for outcome in outcomes if outcome.code]
         if failed:
@@ -143,9 +149,10 @@ class Rendezvous:
         if self._next == len(STAGES):
             return
         error = cause if isinstance(cause, Error) else from_native("ABORTED", f"{type(cause).__name__}: {cause}")
+        self._deadline = min(self._deadline, time.monotonic())
         try:
             self._publish(self._next, _outcome(self.rank, self._next, error, b""))
-        except PeerLostError:
+        except (PeerLostError, CommTimeoutError):
             return  # the store itself is gone; the cause is on its way to the user already
 
     def _publish(self, index: int, record: Hello | Outcome) -> None:
@@ -192,7 +199,13 @@ class Rendezvous:
     def _ask(self, call: Callable[..., T], *arguments: object) -> T:
         """One store operation; a store that cannot be reached is a lost peer (rank 0 usually hosts it)."""
         try:
-            return call(*arguments)
+            return self._calls.make(call, arguments, max(self._deadline - time.monotonic(), ANSWER_S))
+        except NoAnswerError:
+            raise CommTimeoutError(
+                f"rank {self.rank} on {socket.gethostname()}: the torch store did not answer within the "
+                f"{self._timeout_s:g} s of the construction. Is the network to the host of the store cut, or the "
+                "process that keeps it stopped?"
+            ) from None
         except RuntimeError as error:
             raise PeerLostError(f"the torch store failed: {error}. Has the process that hosts it ended?") from error
 

@@ -14,20 +14,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cases
 import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, digest
-from faulty import Caught, catch, check_all
+from faulty import Caught, catch, check, check_all
 from networks import NAMES, Hosts, across, network
 from ranks import Pool
 from test_allreduce_processes import run_async, run_cases
 from test_ddp import train, train_beside_stock
+from test_faults_network import after
 
 import dpcomm
+from dpcomm import carriers
+from dpcomm.rendezvous import STAGES, Rendezvous
 
 Pools = Callable[[int], Pool]
 MIB = 1 << 20
@@ -42,7 +47,7 @@ def net() -> Iterator[Hosts]:
 
 @pytest.fixture
 def shaped(net: Hosts) -> Iterator[Hosts]:
-    net.shape("1gbit")
+    net.shape(1)
     yield net
     net.shape(None)
 
@@ -50,13 +55,14 @@ def shaped(net: Hosts) -> Iterator[Hosts]:
 # --- the hosts -------------------------------------------------------------------------------------------------------
 
 
-def connect(net: Hosts, there: int, here: int) -> tuple[socket.socket, socket.socket]:
-    """Two ends of a connection that host `here` has made to host `there`."""
-    listener = net.inside(lambda: socket.create_server((net.address(there), 0)), there)
+def connect(net: Hosts, there: int | None, here: int) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection that host `here` has made to host `there`, or to the switch."""
+    address = net.store_host if there is None else net.address(there)
+    listener = net.inside(lambda: socket.create_server((address, 0)), there)
     with listener:
         end = net.inside(lambda: socket.create_connection(listener.getsockname(), LIMIT_S), here)
-        other, address = listener.accept()
-    assert address[0] == net.address(here)
+        other, caller = listener.accept()
+    assert caller[0] == net.address(here)
     other.settimeout(LIMIT_S)
     return end, other
 
@@ -218,6 +224,84 @@ def test_training_between_hosts_has_the_references_gradients(net: Hosts, codec: 
 def test_training_between_hosts_has_the_bits_of_stock_ddp(net: Hosts) -> None:
     for stock, ours in across(net, 0, 1).run(train_beside_stock):
         assert ours == stock
+
+
+# --- a host that is cut off while a communicator is made -------------------------------------------------------------
+
+BUILD_S = 3.0
+STAGES_BETWEEN_HOSTS = ("hello", "validate", *(f"{stage}-network" for stage in ("allocate", "probe", "bind", "verify")))
+
+
+def await_link(net: Hosts, here: int) -> None:
+    """A link that was cut is back at once, but addresses that could not be asked for are unreachable a while."""
+    until = time.monotonic() + LIMIT_S
+    for there, caller in ((0, here), (None, here), (here, 0)):
+        while True:
+            try:
+                ends = connect(net, there, caller)
+                break
+            except OSError:
+                assert time.monotonic() < until, "the link does not come back"
+                time.sleep(0.1)
+        for end in ends:
+            end.close()
+
+
+def construct_and_be_cut(rank: int, nranks: int, folder: str, moment: str) -> Caught:
+    """Rank 1 stops at a moment of the construction until its link is cut."""
+    default = dist.distributed_c10d._get_default_store()
+    while isinstance(default, dist.PrefixStore):  # type: ignore[attr-defined]
+        default = default.underlying_store
+    own = dist.TCPStore(default.host, default.port, is_master=False)  # type: ignore[attr-defined]
+
+    def stop() -> None:
+        Path(folder, f"ready{rank}").touch()
+        until = time.monotonic() + LIMIT_S
+        while rank == 1 and not Path(folder, "cut").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+
+    publish, groups, connect = Rendezvous._publish, carriers.gloo_groups, carriers.GlooCarrier.connect
+
+    def stop_and_publish(self: Rendezvous, index: int, record: Any) -> None:
+        if STAGES[index] == moment:
+            stop()
+        publish(self, index, record)
+
+    def stop_and_connect(*args: Any) -> Any:
+        if moment == "connect":
+            stop()
+        return groups(*args)
+
+    def connect_and_stop(self: carriers.GlooCarrier, group: Any) -> None:
+        connect(self, group)
+        if moment == "first-call":
+            stop()
+
+    with (
+        mock.patch.object(Rendezvous, "_publish", stop_and_publish),
+        mock.patch.object(carriers, "gloo_groups", stop_and_connect),
+        mock.patch.object(carriers.GlooCarrier, "connect", connect_and_stop),
+    ):
+        store = dist.PrefixStore(folder, own)  # type: ignore[attr-defined]
+        return catch(dpcomm.Communicator, rank=rank, nranks=nranks, store=store, engine="gloo", timeout_s=BUILD_S)
+
+
+@pytest.mark.parametrize("moment", [*STAGES_BETWEEN_HOSTS, "connect", "first-call"])
+def test_26_a_construction_ends_in_time_on_a_host_that_is_cut_off(net: Hosts, tmp_path: Path, moment: str) -> None:
+    """The store's client would wait until the link is back, 7 s later."""
+    ready = [tmp_path / "ready1"]
+    acts = ((0.0, lambda: net.link_down(1)), (0.0, (tmp_path / "cut").touch), (7.0, lambda: net.link_up(1)))
+    try:
+        with after(ready, *acts) as acted:
+            caught = across(net, 0, 1).run(construct_and_be_cut, str(tmp_path), moment, deadline_s=25.0)
+    finally:
+        net.link_up(1)
+        await_link(net, 1)
+    assert len(acted) == 2, [one.text for one in caught]  # the link was not back before all had ended
+    for one in caught:
+        check(one, "CommTimeoutError", within_s=BUILD_S + 1.5)
+    assert "rank 1 on " in caught[1].text
+    assert acted[0] < caught[1].ended
 
 
 # --- how long --------------------------------------------------------------------------------------------------------

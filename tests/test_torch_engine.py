@@ -1,4 +1,6 @@
-"""Engine torch: any backend of torch.distributed carries the messages. Here gloo, through the interface all have."""
+"""Engine torch: any backend of torch.distributed carries the messages. Here gloo, through the interface that all have,
+and one that is none of torch's (foreign.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
+import foreign
 import pytest
 import torch
 import torch.distributed as dist
@@ -160,3 +163,78 @@ def test_an_aborted_exchange_never_writes_to_its_memory() -> None:
     carrier.abort()
     assert carrier.wait(0, 5.0) == carriers.ABORTED
     assert not theirs.any()
+
+
+# --- a backend of somebody else's ------------------------------------------------------------------------------------
+
+
+def through_foreign(timeout_s: float) -> tuple[dpcomm.Communicator, foreign.Foreign]:
+    """A communicator on a group of that backend, and the group of the same kind that it has made for itself."""
+    foreign.register()
+    group = dist.new_group(backend=foreign.NAME)
+    comm = through_torch(group=group, timeout_s=timeout_s)
+    users, own = foreign.Foreign.made[-2:]
+    assert users is group
+    assert users.begun == 0
+    return comm, own
+
+
+def reduce_through_foreign(rank: int, nranks: int) -> tuple[list[str], list[tuple[float, int]]]:
+    """Digests, and what each call sent: as dpcomm counts it, and as the backend does."""
+    comm, own = through_foreign(20.0)
+    digests, sent = [], []
+    with comm:
+        for case in FOREIGN_CASES:
+            before = own.sent
+            comm.stats(reset=True)
+            xs = [tensor(x) for x in case.inputs(rank)]
+            comm.allreduce(xs if len(xs) > 1 else xs[0], case.op, **case.options)
+            digests.append(digest(xs))
+            sent.append((comm.stats()["wire_bytes"], own.sent - before))
+    return digests, sent
+
+
+FOREIGN_CASES = [
+    Case(counts, codec=codec, op="mean", algorithm=algorithm, special=True)
+    for codec in ("none", "fp16")
+    for algorithm in ("direct", "oneshot", "ring")
+    for counts in [(0,), (257,), (1021, 0, 1, 70_001), (300_003,)]
+]
+
+
+@pytest.mark.parametrize("nranks", [2, 3], ids=lambda n: f"{n}ranks")
+def test_a_foreign_backend_carries_all_bytes_and_gives_the_references_bits(nranks: int) -> None:
+    for outcome in fresh(nranks, reduce_through_foreign):
+        assert outcome.error is None, outcome.error.trace
+        digests, sent = outcome.value
+        assert digests == [digest(case.expected(nranks)) for case in FOREIGN_CASES]
+        assert [carried for _, carried in sent] == [counted for counted, _ in sent]
+        assert [carried > 0 for _, carried in sent] == [sum(case.counts) > 0 for case in FOREIGN_CASES]
+
+
+def fail_in_a_call(rank: int, nranks: int, fails: str) -> tuple[Caught, int]:
+    """The third exchange of a call fails on rank 1. How many the call began."""
+    comm, own = through_foreign(1.5)
+    x = torch.ones(1 << 20)
+    comm.allreduce(x, algorithm="ring")
+    dist.barrier()
+    before = own.begun
+    if rank == 1:
+        own.fails, own.fails_at = fails, before + 2
+    caught = catch(comm.allreduce, x, algorithm="ring")
+    check_poisoned(comm, "[TIMEOUT]" if fails == "never-ends" else f"foreign wire cut at exchange {before + 2}")
+    comm.close()
+    dist.barrier()  # a rank that left would be another cause
+    return caught, own.begun - before
+
+
+@pytest.mark.parametrize("fails", ["started", "under-way", "never-ends"])
+def test_a_foreign_backend_that_fails_in_a_call_is_a_typed_error_on_all(fails: str) -> None:
+    for outcome in fresh(3, fail_in_a_call, fails):
+        assert outcome.error is None, outcome.error.trace
+        caught, exchanges = outcome.value
+        if fails == "never-ends":
+            check(caught, "CommTimeoutError", "for 1.5 s", within_s=1.5 + 2.0)
+        else:
+            check(caught, "AbortedError", "torch: ", "foreign wire cut", within_s=3.0)
+        assert exchanges > 2, "it failed before its middle"
