@@ -166,7 +166,7 @@ def add_whole_numbers(rank: int, nranks: int) -> tuple[list[float], list[float]]
     with gloo() as comm:
         found = []
         for op in ("sum", "mean"):
-            x = torch.full((5_000_000,), rank + 1.0)  # more than one piece
+            x = torch.full((34_000_000,), rank + 1.0)  # more than one piece
             x[-1] *= 10
             comm.allreduce(x, op)
             assert bool((x[:-1] == x[0]).all())

@@ -19,8 +19,9 @@ constexpr int64_t kLeastSliceBytes = 512 * 1024, kMostSliceBytes = int64_t{2} <<
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
 // How long a carrier's error waits for the control plane to say what is behind it.
 constexpr double kCauseWaitS = 1.0;
-// The carrier's own all-reduce takes tensors in pieces that each have the time limit.
-constexpr int64_t kPieceBytes = int64_t{16} << 20;
+// The carrier's own all-reduce takes tensors in pieces that each have the time limit, two at once: gloo then has as
+// many threads at work, which cost some per cent where processors are few (docs/performance.md). So pieces are large.
+constexpr int64_t kPieceBytes = int64_t{128} << 20;
 
 // From which size on it takes what no codec encodes; 0: never. Two ranks are as fast alone; three have each hear two
 // others at once, where a ring hears one.
