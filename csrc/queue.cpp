@@ -184,14 +184,17 @@ void Queue::close(double grace_s) {
 void Queue::close_engine() {
   {
     std::unique_lock lock(mutex_);
+    if (closer_ == std::this_thread::get_id()) return;  // a signal's handler, on top of close() itself
     if (engine_closing_) return changed_.wait(lock, [&] { return engine_closed_; });
     engine_closing_ = true;
+    closer_ = std::this_thread::get_id();
   }
   struct Closed {
     Queue& queue;
     ~Closed() {
       const std::lock_guard lock(queue.mutex_);
       queue.engine_closed_ = true;
+      queue.closer_ = {};
       queue.changed_.notify_all();
     }
   } closed{*this};

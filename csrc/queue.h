@@ -71,6 +71,7 @@ class Queue {
   std::atomic<bool> closing_{false};
   bool stop_ = false;
   bool engine_closing_ = false, engine_closed_ = false;
+  std::thread::id closer_;               // whose engine_->close() runs
   bool serving_outside_ = false;         // serve() runs
   std::unique_ptr<std::thread> worker_;  // a pointer: in a forked child the thread is not there, and is let go of
 };

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 from collections import deque
 from typing import Any, Protocol, TypeAlias
 
@@ -72,6 +72,7 @@ class CpuCalls:
         self._pending: deque[Work] = deque()
         # Of those, what a call works on, and not the communicator: its finalizer holds on to this while it closes.
         self.in_use: deque[object] = deque()
+        self._both = threading.RLock()  # over the two; a signal's handler may submit, too
 
     def parts(self, x: Any) -> Parts:
         """See `Calls`."""
@@ -94,11 +95,15 @@ class CpuCalls:
         """See `Calls`."""
         self.release()
         work = Work(list(parts.segments.values()), (owner, parts.kept))
-        if self._native is not None:
-            self.in_use.append(parts)
-            self._pending.append(work)  # before the first job: the arrays must live even if a later submit raises
+        if self._native is None:
+            return work
+        try:
             for call in arguments(parts, request, self._cap_bytes):
                 work._add(self._native.submit(*call))
+        finally:  # the arrays must live even if a later submit raises; a Work without its jobs would look complete
+            with self._both:
+                self._pending.append(work)
+                self.in_use.append(parts)
         return work
 
     def submit_bucket(self, x: torch.Tensor, request: opt.Request, bucket: int) -> _native.Job | None:
@@ -114,7 +119,12 @@ class CpuCalls:
 
     def release(self) -> None:
         """See `Calls`; calls end in the order of their submission."""
-        with contextlib.suppress(IndexError):  # another thread may empty the queue meanwhile
-            while self._pending[0].is_completed():
-                self._pending.popleft()
-                self.in_use.popleft()
+        if not self._both.acquire(blocking=False):
+            return  # another thread does it
+        try:
+            while self._pending and (work := self._pending[0]).is_completed():
+                if self._pending and self._pending[0] is work:  # else a signal's handler was here
+                    self._pending.popleft()
+                    self.in_use.popleft()
+        finally:
+            self._both.release()

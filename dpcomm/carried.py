@@ -118,6 +118,7 @@ class CarriedBuilder:
             self._run_beside(comm, lambda: self._begin(comm, carrier, timeout_s, name))
             carrier.serve(comm)
         except BaseException:
+            carrier.abort()  # the first call may be in it; once closed, nobody else would
             comm.close(0.0)
             raise
         return comm

@@ -31,6 +31,7 @@ ABORTED: Arrival = (_native.ARRIVALS["broken"], -1, "aborted")
 TAGS = 1 << 20
 LAST_TAG = 2**31 - 1
 CARRIER_THREADS = ("dpcomm-calls", "dpcomm-abort")
+PACE_BYTES = 16 << 20  # of which gloo's own all-reduce moves as many within a time limit, or stands still
 END_S = 2.0  # for what was aborted
 FOREVER_S = 3600.0  # of one wait; there is always another
 
@@ -132,7 +133,7 @@ class GlooCarrier(Carrier):
         super().__init__()
         self._groups: GlooGroups | None = None
         self._rank = -1
-        self._works: dict[int, list[tuple[int, Any]]] = {}
+        self._works: dict[int, list[tuple[int, Any, int]]] = {}  # peer, work, how many time limits it has
         self._adding: list[Any] = []  # of the last add()
         self._aborting = threading.Lock()
         self._aborted = self._left = False
@@ -150,10 +151,10 @@ class GlooCarrier(Carrier):
         works = self._works[ticket] = []
         for peer, address, count in receives:
             group = groups.up if peer < rank else groups.down
-            works.append((peer, group.recv([bytes_at(address, count)], peer, tag)))
+            works.append((peer, group.recv([bytes_at(address, count)], peer, tag), 1))
         for peer, address, count in sends:
             group = groups.up if peer > rank else groups.down
-            works.append((peer, group.send([bytes_at(address, count)], peer, tag)))
+            works.append((peer, group.send([bytes_at(address, count)], peer, tag), 1))
 
     def adds(self, dtype: str) -> bool:
         """gloo's ring adds in the type itself, so 16-bit floats would be rounded at each rank."""
@@ -170,19 +171,19 @@ class GlooCarrier(Carrier):
             values = bytes_at(address, count).view(getattr(torch, dtype))
             work = self._groups.up.allreduce([values])
             adding.append(work)
-            works.append((peer, work))
+            # Two share the line. Within them gloo itself has the limit, for each message.
+            works.append((peer, work, max(1, -(-2 * count // PACE_BYTES))))
 
     def wait(self, ticket: int, timeout_s: float) -> Arrival:
         """When gloo's own time is up it closes all connections of a group: then what is in flight there has ended."""
-        limit = timedelta(seconds=timeout_s)
-        for peer, work in self._works.pop(ticket, ()):
+        for peer, work, limits in self._works.pop(ticket, ()):
             if self._aborted:
                 break
             began = time.monotonic()
             try:
-                work.wait(limit)
+                work.wait(timedelta(seconds=limits * timeout_s))
             except RuntimeError as error:
-                if "timed out" in str(error).lower() or time.monotonic() - began >= timeout_s:
+                if "timed out" in str(error).lower() or time.monotonic() - began >= limits * timeout_s:
                     return _native.ARRIVALS["late"], peer, ""
                 return _native.ARRIVALS["broken"], peer, str(error)
         return ABORTED if self._aborted else HERE

@@ -22,10 +22,13 @@ from dpcomm.carriers import CARRIER_THREADS
 from dpcomm.cuda_calls import CudaCalls
 from dpcomm.errors import ArgumentError, Error, InternalError
 from dpcomm.overlap import check_overlap
+from dpcomm.store_calls import THREAD as STORE_THREAD
 from dpcomm.work import Work
 
 CLOSE_GRACE_S = 5.0
 EXIT_GRACE_S = 2.0
+# Where the collector must not wait for a communicator that it finds: for itself, or while a rank waits for the store.
+OWN_THREADS = (*CARRIER_THREADS, STORE_THREAD)
 STATS = ("calls", "input_bytes", "wire_bytes", "put_s", "reduce_s", "get_s", "wait_s", "nonfinite_groups")
 
 
@@ -301,8 +304,6 @@ class Communicator:
                     name = "carrier"
             if not table or table[-1]["algorithm"] != name:
                 bit_class = name if name in ("ring", "carrier") else "rank_order"
-                if name == "carrier" and self.nranks == 2:
-                    bit_class = "rank_order"  # two numbers have one sum
                 table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
 
@@ -311,7 +312,7 @@ def _close_native(native: _native.Comm, pid: int, in_use: object) -> None:
     """in_use: what calls under way work on; it must live until they have ended."""
     if os.getpid() != pid:  # a forked child that exits leaves its parent's communicator alone
         return
-    if threading.current_thread().name in CARRIER_THREADS:  # the collector came by there; it cannot wait for itself
+    if threading.current_thread().name in OWN_THREADS:  # the collector came by there
         threading.Thread(target=_close_beside, args=(native, in_use)).start()
     else:
         native.close(EXIT_GRACE_S)

@@ -21,6 +21,7 @@ from dpcomm.errors import (
     MismatchError,
     P2PUnavailableError,
     PeerLostError,
+    SystemResourceError,
     bare_message,
     from_native,
 )
@@ -75,7 +76,13 @@ class Rendezvous:
         self.hellos: list[Hello] = []
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._calls = StoreCalls()
+        try:
+            self._calls = StoreCalls()
+        except RuntimeError as error:  # no more threads
+            raise SystemResourceError(
+                f"rank {self.rank}: {error}. Raise the limit of processes (ulimit -u)."
+            ) from error
+        self._failed = False  # this rank; it has an error, and waits no longer for the store than it must
         self._next = 1  # the stage at which others would wait for this rank, if it gave up
         tag = hashlib.sha256(site.members.encode()).hexdigest()[:16]
         self.number = int(self._ask(self.store.add, f"dpcomm/{tag}/count/{self.rank}", 1))
@@ -126,11 +133,14 @@ class Rendezvous:
         except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
             failure = InternalError(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
+        self._failed = failure is not None
         try:
             self._publish(index, _outcome(self.rank, index, failure, payload))
-        except CommTimeoutError as silence:
-            raise silence from failure
-        outcomes = [decode(Outcome, self._fetch(index, rank), rank) for rank in range(self.nranks)]
+            outcomes = [decode(Outcome, self._fetch(index, rank), rank) for rank in range(self.nranks)]
+        except (CommTimeoutError, PeerLostError) as silence:
+            if failure is None:
+                raise
+            raise failure from silence  # it came first
         failed = [outcome for outcome in outcomes if outcome.code]
         if failed:
             first = next((outcome for outcome in failed if outcome.code == P2PUnavailableError.default_code), failed[0])
@@ -199,7 +209,8 @@ class Rendezvous:
     def _ask(self, call: Callable[..., T], *arguments: object) -> T:
         """One store operation; a store that cannot be reached is a lost peer (rank 0 usually hosts it)."""
         try:
-            return self._calls.make(call, arguments, max(self._deadline - time.monotonic(), ANSWER_S))
+            left = 0.0 if self._failed else self._deadline - time.monotonic()
+            return self._calls.make(call, arguments, max(left, ANSWER_S))
         except NoAnswerError:
             raise CommTimeoutError(
                 f"rank {self.rank} on {socket.gethostname()}: the torch store did not answer within the "

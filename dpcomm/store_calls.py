@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+THREAD = "dpcomm-store"
 
 
 class NoAnswerError(Exception):
@@ -24,7 +25,7 @@ class StoreCalls:
     def __init__(self) -> None:
         self._queue: _Queue = SimpleQueue()
         self._given_up: _Call | None = None
-        threading.Thread(target=_make_all, args=(self._queue,), name="dpcomm-store", daemon=True).start()
+        threading.Thread(target=_make_all, args=(self._queue,), name=THREAD, daemon=True).start()
         weakref.finalize(self, self._queue.put, None)
 
     def make(self, function: Callable[..., T], arguments: tuple[object, ...], timeout_s: float) -> T:
@@ -39,10 +40,14 @@ class StoreCalls:
         if not call.over.wait(0.0 if behind else min(timeout_s, threading.TIMEOUT_MAX)):
             self._given_up = call
             raise NoAnswerError
-        if call.error is not None:
-            raise call.error
-        result: T = call.result
-        return result
+        error, call.error = call.error, None
+        if error is None:
+            result: T = call.result
+            return result
+        try:
+            raise error
+        finally:  # its traceback names this frame, which would keep the store until the collector comes
+            del error, call, self
 
 
 class _Call:
@@ -56,7 +61,7 @@ class _Call:
         try:
             self.result = self._function(*self._arguments)
         except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
-            self.error = error
+            self.error = error.with_traceback(None)
         self.over.set()
 
 

@@ -80,10 +80,10 @@ def say_ready(folder: str, rank: int) -> None:
 # --- links -----------------------------------------------------------------------------------------------------------
 
 
-def reduce_until_cut(rank: int, nranks: int, folder: str, asynchronous: bool) -> tuple[Caught, float]:
+def reduce_until_cut(rank: int, nranks: int, folder: str, elems: int, asynchronous: bool) -> tuple[Caught, float]:
     """The error, and how long the way out took. Nothing here asks torch: its connections are cut, too."""
     comm = gloo(timeout_s=TIMEOUT_S)
-    x = torch.ones(LARGE)
+    x = torch.ones(elems)
     say_ready(folder, rank)
 
     def calls() -> None:
@@ -100,15 +100,20 @@ def reduce_until_cut(rank: int, nranks: int, folder: str, asynchronous: bool) ->
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("places", [(0, 1), (0, 1, 2)], ids=["2hosts", "3hosts"])
+@pytest.mark.parametrize(
+    ("places", "elems"),
+    [((0, 1), LARGE), ((0, 1, 2), LARGE), ((0, 1, 2), 8 * LARGE)],
+    ids=["2hosts", "3hosts", "3hosts-64MiB"],
+)
 def test_26_a_link_cut_in_a_call_is_a_timeout_on_all(
-    net: Hosts, tmp_path: Path, places: tuple[int, ...], asynchronous: bool
+    net: Hosts, tmp_path: Path, places: tuple[int, ...], elems: int, asynchronous: bool
 ) -> None:
-    """Host 1 is cut off: it waits for the others, they for it, and of three the other two for each other, too."""
+    """Host 1 is cut off: it waits for the others, they for it, and of three the other two for each other, too. Three
+    let gloo add, which has more time for 64 MiB, but not for a message."""
     ready = [tmp_path / f"ready{rank}" for rank in range(len(places))]
     try:
         with after(ready, (0.3, lambda: net.link_down(1))) as cut:
-            results = across(net, *places).run(reduce_until_cut, str(tmp_path), asynchronous, deadline_s=15.0)
+            results = across(net, *places).run(reduce_until_cut, str(tmp_path), elems, asynchronous, deadline_s=15.0)
     finally:
         net.link_up(1)
     for rank, (caught, closing) in enumerate(results):
@@ -117,6 +122,27 @@ def test_26_a_link_cut_in_a_call_is_a_timeout_on_all(
         assert closing < GRACE_S
         if len(places) == 2:
             assert caught.failure.attributes["waiting_for"] == (1 - rank,)
+
+
+def reduce_slowly(rank: int, nranks: int) -> tuple[str, float, float]:
+    with gloo(timeout_s=1.0) as comm:
+        x = torch.full((4 * LARGE,), rank + 1.0)
+        began = time.monotonic()
+        comm.allreduce(x)
+        return comm.describe()["bit_classes"][-1]["bit_class"], time.monotonic() - began, float(x[-1])
+
+
+def test_26_a_slow_line_is_no_time_out(net: Hosts) -> None:
+    """32 MiB at 0.2 Gb/s take longer than the time limit, which is for what stands still."""
+    net.shape(0.2)
+    try:
+        results = across(net, 0, 1, 2).run(reduce_slowly, deadline_s=15.0)
+    finally:
+        net.shape(None)
+    for bit_class, took, total in results:
+        assert bit_class == "carrier"
+        assert took > 1.2  # control: more than the limit
+        assert total == 6.0
 
 
 def reduce_once(rank: int, nranks: int) -> str:

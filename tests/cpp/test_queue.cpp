@@ -114,6 +114,20 @@ void test_calls_that_are_served_late_end_before_the_queue() {
   CHECK(job->done() && !job->error() && calls == 1);
 }
 
+// As a signal's handler does that comes while an engine closes.
+void test_a_close_within_a_close_returns() {
+  int closed = 0;
+  Queue* itself = nullptr;
+  Queue queue(std::make_unique<Idle>([](int) {}, false,
+                                     [&] {
+                                       itself->close(0);
+                                       ++closed;
+                                     }));
+  itself = &queue;
+  must_return("close", [&] { queue.close(10); });
+  CHECK(closed == 1);
+}
+
 void test_the_queue_answers_while_its_engine_closes() {
   std::atomic<int> refused{0}, second{0};
   std::thread closer;
@@ -148,6 +162,7 @@ int main() {
   test_nothing_begins_after_close();
   test_calls_that_nobody_serves_end_with_the_queue();
   test_calls_that_are_served_late_end_before_the_queue();
+  test_a_close_within_a_close_returns();
   test_the_queue_answers_while_its_engine_closes();
   return finish();
 }
