@@ -62,18 +62,17 @@ def test_an_error_of_the_store_keeps_nothing() -> None:
 
 
 def test_threads_of_store_calls_end_with_them() -> None:
-    def alive() -> int:
-        return sum(thread.name == THREAD for thread in threading.enumerate())
+    def alive() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == THREAD}
 
-    gc.collect()
-    before = alive()
+    others = alive()  # of tests before; they may end at any time
     several = [StoreCalls() for _ in range(5)]
-    assert alive() >= before + 5  # control
+    mine = alive() - others
+    assert len(mine) == 5  # control
     del several
-    until = time.monotonic() + LIMIT_S
-    while alive() > before and time.monotonic() < until:
-        time.sleep(0.01)
-    assert alive() <= before
+    for thread in mine:
+        thread.join(LIMIT_S)
+    assert not mine & alive()
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["well", "failing"])
