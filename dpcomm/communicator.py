@@ -313,11 +313,6 @@ def _close_native(native: _native.Comm, pid: int, in_use: object) -> None:
     if os.getpid() != pid:  # a forked child that exits leaves its parent's communicator alone
         return
     if threading.current_thread().name in OWN_THREADS:  # the collector came by there
-        threading.Thread(target=_close_beside, args=(native, in_use)).start()
+        threading.Thread(target=_close_native, args=(native, pid, in_use)).start()
     else:
         native.close(EXIT_GRACE_S)
-
-
-def _close_beside(native: _native.Comm, in_use: object) -> None:
-    native.close(EXIT_GRACE_S)
-    del in_use

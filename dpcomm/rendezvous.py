@@ -159,7 +159,7 @@ class Rendezvous:
         if self._next == len(STAGES):
             return
         error = cause if isinstance(cause, Error) else from_native("ABORTED", f"{type(cause).__name__}: {cause}")
-        self._deadline = min(self._deadline, time.monotonic())
+        self._failed = True
         try:
             self._publish(self._next, _outcome(self.rank, self._next, error, b""))
         except (PeerLostError, CommTimeoutError):

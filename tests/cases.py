@@ -62,6 +62,13 @@ class Case:
         return {"codec": self.codec, "algorithm": self.algorithm}
 
 
+def run_case(comm: dpcomm.Communicator, rank: int, case: Case) -> list[torch.Tensor]:
+    """One rank's results."""
+    xs = [tensor(x) for x in case.inputs(rank)]
+    comm.allreduce(xs if len(xs) > 1 else xs[0], case.op, **case.options)
+    return xs
+
+
 def operations(dtype: str, codec: str = "none") -> tuple[str, ...]:
     if codec != "none":
         return ("sum", "mean")

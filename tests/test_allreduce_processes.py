@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, digest, tensor
+from cases import Case, digest, run_case, tensor
 from process_memory import memory_limit, status_kib
 from ranks import Pool
 
@@ -35,8 +35,7 @@ def run_cases(rank: int, nranks: int, todo: list[Case], flip: bool = False) -> l
     digests = []
     with dpcomm.Communicator() as comm:
         for case in todo:
-            xs = [tensor(x) for x in case.inputs(rank)]
-            comm.allreduce(xs if len(xs) > 1 else xs[0], case.op, **case.options)
+            xs = run_case(comm, rank, case)
             if flip and rank == nranks - 1:
                 xs[0].view(torch.uint8)[0] ^= 1
             digests.append(digest(xs))

@@ -13,11 +13,10 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, digest, tensor
+from cases import Case, digest, run_case, tensor
 from process_memory import status_kib
 from ranks import Pool, fresh
-from torch.nn.parallel import DistributedDataParallel as DDP
-from training import SMALL_BUCKETS_MB, Net, Recorder, backward, check_gradients
+from training import train_through
 
 import dpcomm
 
@@ -61,12 +60,6 @@ def gloo(**options: Any) -> dpcomm.Communicator:
     comm = dpcomm.Communicator(engine="gloo", timeout_s=20.0, **options)
     assert comm.engine == comm.describe()["engine"] == "gloo"
     return comm
-
-
-def run_case(comm: dpcomm.Communicator, rank: int, case: Case) -> list[torch.Tensor]:
-    xs = [tensor(x) for x in case.inputs(rank)]
-    comm.allreduce(xs if len(xs) > 1 else xs[0], case.op, **case.options)
-    return xs
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
@@ -237,16 +230,7 @@ def test_the_users_group_is_undisturbed_by_engine_gloo(pool: Pools) -> None:
 
 
 def train_over_gloo(rank: int, nranks: int, codec: str, options: dict[str, Any]) -> str:
-    ddp = DDP(Net(), bucket_cap_mb=SMALL_BUCKETS_MB, **options)
-    state = dpcomm.register_ddp_hook(ddp, codec=codec, engine="gloo", timeout_s=20.0)
-    recorder = Recorder(ddp, state)
-    for step in range(4):
-        ddp.zero_grad()
-        backward(ddp, step, rank)
-        check_gradients(ddp, recorder, [step], range(nranks), codec)
-    dpcomm.verify(ddp)
-    assert state.comm is not None
-    return state.comm.engine
+    return train_through("gloo", rank, nranks, codec, 4, options)
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=["plain", "find-unused"])

@@ -113,18 +113,23 @@ def test_hundreds_of_strangers_keep_nobody_out() -> None:
     assert len(warnings) == network.MAX_WARNINGS
 
 
-def test_silent_crowd_gives_way_and_a_silent_rank_elsewhere_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1's connections are silent the longest, but most come from the strangers' host; those are dropped."""
-    monkeypatch.setattr(network, "MAX_PENDING", 8)
-    monkeypatch.setattr(network, "CROWD_S", 0.1)
+def bound_beside_a_crowd(host: str, seconds: float) -> tuple[int, list[str]]:
+    """What `bound_beside` says where 40 come from a host and are silent so long before rank 1 comes."""
     with ExitStack() as stack:
 
         def act(place: tuple[str, int]) -> None:
             for _ in range(40):
-                stack.enter_context(Fake(place, "127.0.0.2"))
-            time.sleep(0.6)
+                stack.enter_context(Fake(place, host))
+            time.sleep(seconds)
 
-        rejected, warnings = bound_beside(act)
+        return bound_beside(act)
+
+
+def test_silent_crowd_gives_way_and_a_silent_rank_elsewhere_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1's connections are silent the longest, but most come from the strangers' host; those are dropped."""
+    monkeypatch.setattr(network, "MAX_PENDING", 8)
+    monkeypatch.setattr(network, "CROWD_S", 0.1)
+    rejected, warnings = bound_beside_a_crowd("127.0.0.2", 0.6)
     assert rejected >= 20
     assert all("127.0.0.2" in text for text in warnings)
     assert "too many connections are pending" in warnings[0]
@@ -133,26 +138,13 @@ def test_silent_crowd_gives_way_and_a_silent_rank_elsewhere_stays(monkeypatch: p
 def test_late_rank_is_kept_beside_a_crowd_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to go before its time, and who is silent may be a rank."""
     monkeypatch.setattr(network, "MAX_PENDING", 8)
-    with ExitStack() as stack:
-
-        def act(place: tuple[str, int]) -> None:
-            for _ in range(40):
-                stack.enter_context(Fake(place))
-            time.sleep(0.3)
-
-        assert 10 <= bound_beside(act)[0] <= 12  # there is room for 8, and for 4 ranks' or what is free of theirs
+    rejected, _ = bound_beside_a_crowd(LOOPBACK, 0.3)
+    assert 10 <= rejected <= 12  # there is room for 8, and for 4 ranks' or what is free of theirs
 
 
 def test_silent_crowd_is_kept_while_there_is_room() -> None:
     """The negative control of the test above: silence alone is no offence, ranks are silent too."""
-    with ExitStack() as stack:
-
-        def act(place: tuple[str, int]) -> None:
-            for _ in range(40):
-                stack.enter_context(Fake(place, "127.0.0.2"))
-            time.sleep(0.3)
-
-        rejected, warnings = bound_beside(act)
+    rejected, warnings = bound_beside_a_crowd("127.0.0.2", 0.3)
     assert rejected == 40
     assert "no handshake by the time all ranks were there" in warnings[0]
 

@@ -15,13 +15,12 @@ import foreign
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, digest, tensor
+from cases import Case, digest, run_case
 from faulty import Caught, catch, check, check_all, check_poisoned
 from ranks import Pool, fresh
 from stores import build
 from test_faults_construction import hash_store
-from torch.nn.parallel import DistributedDataParallel as DDP
-from training import SMALL_BUCKETS_MB, Net, Recorder, backward, check_gradients
+from training import train_through
 
 import dpcomm
 from dpcomm import carriers
@@ -46,8 +45,7 @@ def reduce_all(rank: int, nranks: int, flip: bool = False) -> list[str]:
     digests = []
     with through_torch() as comm:
         for case in CASES:
-            xs = [tensor(x) for x in case.inputs(rank)]
-            comm.allreduce(xs if len(xs) > 1 else xs[0], case.op, **case.options)
+            xs = run_case(comm, rank, case)
             if flip and rank == 1 and xs[-1].numel():
                 xs[-1].view(torch.uint8)[0] ^= 1
             digests.append(digest(xs))
@@ -66,16 +64,7 @@ def test_a_flipped_bit_through_torch_shows(pool: Pools) -> None:
 
 
 def train_through_torch(rank: int, nranks: int) -> str:
-    ddp = DDP(Net(), bucket_cap_mb=SMALL_BUCKETS_MB)
-    state = dpcomm.register_ddp_hook(ddp, codec="fp16", engine="torch", timeout_s=20.0)
-    recorder = Recorder(ddp, state)
-    for step in range(3):
-        ddp.zero_grad()
-        backward(ddp, step, rank)
-        check_gradients(ddp, recorder, [step], range(nranks), "fp16")
-    dpcomm.verify(ddp)
-    assert state.comm is not None
-    return state.comm.engine
+    return train_through("torch", rank, nranks, "fp16", 3)
 
 
 def test_the_hook_through_torch_gives_the_references_gradients(pool: Pools) -> None:
@@ -187,8 +176,7 @@ def reduce_through_foreign(rank: int, nranks: int) -> tuple[list[str], list[tupl
         for case in FOREIGN_CASES:
             before = own.sent
             comm.stats(reset=True)
-            xs = [tensor(x) for x in case.inputs(rank)]
-            comm.allreduce(xs if len(xs) > 1 else xs[0], case.op, **case.options)
+            xs = run_case(comm, rank, case)
             digests.append(digest(xs))
             sent.append((comm.stats()["wire_bytes"], own.sent - before))
     return digests, sent

@@ -138,6 +138,22 @@ def check_gradients(
         assert bits(grad).tobytes() == means[name].tobytes(), f"{name} differs from the reference"
 
 
+def train_through(
+    engine: str, rank: int, nranks: int, codec: str, steps: int, options: dict[str, Any] | None = None
+) -> str:
+    """Trains with the hook, compares each step's gradients with the reference. Says which engine it was."""
+    ddp = DDP(Net(), bucket_cap_mb=SMALL_BUCKETS_MB, **(options or {}))
+    state = dpcomm.register_ddp_hook(ddp, codec=codec, engine=engine, timeout_s=20.0)
+    recorder = Recorder(ddp, state)
+    for step in range(steps):
+        ddp.zero_grad()
+        backward(ddp, step, rank)
+        check_gradients(ddp, recorder, [step], range(nranks), codec)
+    dpcomm.verify(ddp)
+    assert state.comm is not None
+    return state.comm.engine
+
+
 def sgd(ddp: DDP) -> torch.optim.Optimizer:
     return torch.optim.SGD(ddp.parameters(), lr=0.05)
 
