@@ -159,6 +159,9 @@ class CarriedBuilder:
                     comm.check()
                 if thread.is_alive() and time.monotonic() > until:
                     raise self._late()
+            # torch's own time is up at the same moment, give or take its rounding.
+            if failures and not isinstance(failures[0], Error) and time.monotonic() > until - LOOK_S:
+                raise self._late() from failures[0]
         except BaseException as error:
             comm.abort(repr(error))
             thread.join(LATE_END_S if time.monotonic() > until else END_S)

@@ -79,6 +79,7 @@ void scene_crash(Meeting& m) {
   m.allocate(false);
   auto queue = m.finish();
   CHECK(adds_up(*queue, m.rank));
+  exchange(m.fd, 'c');  // both have the first call's result: a rank that goes earlier ends that call, too
   if (m.rank == 1) _exit(0);
   Data<> d(7001, 0);
   Error error = error_of([&] {
