@@ -26,19 +26,6 @@ py::object python_error(const Error& e) {
   return py::module_::import("dpcomm.errors").attr("from_native")(name_of(e.code), e.what(), e.rank, waiting, e.errnum);
 }
 
-// Python's own exception (Ctrl-C), carried over C++ frames that know nothing of it.
-struct Interrupt {
-  std::exception_ptr error;
-
-  // Asked by waits every 100 ms.
-  bool pending() {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() == 0) return false;
-    error = std::make_exception_ptr(py::error_already_set());
-    return true;
-  }
-};
-
 using Addresses = std::vector<uintptr_t>;
 using Counts = std::vector<int64_t>;
 
@@ -105,32 +92,6 @@ std::shared_ptr<Pending> enqueue(Queue& queue, const Addresses& addresses, Count
   return queue.enqueue(call, stream);
 }
 
-// Runs body(interrupted) without the GIL; what Ctrl-C raises wins.
-template <class Body>
-auto interruptible(Body body) {
-  Interrupt interrupt;
-  const auto raise = [&] {
-    if (interrupt.error) std::rethrow_exception(interrupt.error);
-  };
-  const auto without_gil = [&] {
-    const py::gil_scoped_release no_gil;
-    return body([&] { return interrupt.pending(); });
-  };
-  try {
-    if constexpr (std::is_void_v<decltype(without_gil())>) {
-      without_gil();
-      raise();
-    } else {
-      const auto result = without_gil();
-      raise();
-      return result;
-    }
-  } catch (const Error&) {
-    raise();
-    throw;
-  }
-}
-
 void run_on(Queue& queue, const Addresses& addresses, Counts counts, int dtype, int op, int codec, int algorithm,
             int bucket, uintptr_t stream, double timeout_s) {
   const auto pending = enqueue(queue, addresses, std::move(counts), dtype, op, codec, algorithm, bucket, stream);
@@ -165,6 +126,7 @@ py::dict describe(Queue& queue) {
   d["sequence"] = s.sequence;
   d["rejected_connections"] = s.rejected_connections;
   d["aside_bytes"] = s.aside_bytes;
+  if (!s.carrier.empty()) d["carrier"] = s.carrier;
   if (s.device < 0) return d;
   d["device"] = s.device;
   d["device_name"] = s.device_name;
@@ -456,4 +418,5 @@ PYBIND11_MODULE(_native, m) {
   add_cuda(m);
   add_classes(m);
   add_carried(m);
+  add_nccl(m);
 }

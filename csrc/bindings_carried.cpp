@@ -96,11 +96,7 @@ std::unique_ptr<CarriedQueue> carried(int rank, const CarriedWish& wish, const s
                                       const std::vector<std::string>& hosts,
                                       const std::vector<std::pair<int, int>>& sockets, py::object carrier,
                                       const std::string& simd, const std::string& engine) {
-  std::vector<PeerSockets> plane(sockets.size());
-  for (size_t r = 0; r < sockets.size(); ++r) {  // first of all: from here on they are closed however this ends
-    plane[r].control = UniqueFd(sockets[r].first);
-    plane[r].headers = UniqueFd(sockets[r].second);
-  }
+  std::vector<PeerSockets> plane = own_sockets(sockets);  // first of all
   std::vector<CarriedPeer> peers;
   for (size_t r = 0; r < sockets.size(); ++r) peers.push_back({pids.at(r), hosts.at(r)});
   auto made = std::make_unique<CarriedEngine>(

@@ -51,6 +51,7 @@ struct Description {
   int device = -1, max_ctas = 0;
   std::string device_name, arena;  // arena: "device" or "pinned"
   std::vector<std::string> peers;  // how each rank's memory is reached
+  std::string carrier;             // the library that moves messages, with its version and path
 };
 
 // A call on a device's streams. Valid as long as its engine is.

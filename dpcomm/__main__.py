@@ -28,6 +28,8 @@ def main() -> None:
     print("engines:")
     for name, engine in facts["engines"].items():
         print(f"  {name:<6} {'usable' if engine['usable'] else 'no':<7} {engine['reason']}")
+    nccl = facts["nccl"]
+    print("NCCL:", nccl["reason"] if "reason" in nccl else f"{nccl['version']}, {nccl['how']}: {nccl['path']}")
     for gpu in facts["devices"]:
         print(
             f"cuda:{gpu['ordinal']}  {gpu['name']}, sm {gpu['capability']}, {gpu['sms']} SMs, PCI {gpu['pci_bus_id']}"

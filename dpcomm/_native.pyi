@@ -227,6 +227,40 @@ def p2p_channels(device: int, ranks_here: int, wish: P2pWish) -> int:
 def p2p_local(devices: list[int], wish: P2pWish, timeout_s: float, name: str) -> list[Comm]:
     """Ranks of this process, one for each ordinal, which may repeat; P2PUnavailableError as of P2pBuilder."""
 
+NCCL_LEAST_VERSION: str  # "2.18.0"
+
+def find_nccl(asked: str, wheels: list[str]) -> tuple[str, str, str]:
+    """Finds NCCL and loads it, for the process: its version, path and how it was found (csrc/nccl/library.h).
+
+    asked: the path to use, or "". wheels: paths to try where none is loaded. Raises VersionError. Releases the GIL.
+    """
+
+def nccl_unique_id() -> bytes:
+    """The 128 bytes that the ranks of a new communicator share; after `find_nccl`. Starts a thread that awaits them."""
+
+class NcclWish:
+    """What to ask engine nccl for; equal on all ranks."""
+
+    def __init__(self, scratch_bytes: int, slice_bytes: int = 0, max_ctas: int = 0) -> None: ...
+
+class NcclComm(Comm):
+    """A communicator between GPUs whose messages NCCL carries; after `find_nccl`. Not usable before `verify`."""
+
+    def __init__(
+        self,
+        rank: int,
+        device: int,
+        wish: NcclWish,
+        pids: list[int],
+        hosts: list[str],
+        sockets: list[tuple[int, int]],
+    ) -> None:
+        """Takes over the sockets, as CarriedComm does."""
+    def connect(self, unique_id: bytes, timeout_s: float) -> None:
+        """Joins the others, on all ranks at once. Waits until they have come, timeout_s at most; heeds Ctrl-C."""
+    def verify(self, timeout_s: float, name: str) -> None:
+        """The first calls, on all ranks at once."""
+
 PASSES: dict[str, int]  # "encode" "decode" "add" "reduce" "copy" "memcpy" "empty"; only where kernels were built
 
 class CudaPass:

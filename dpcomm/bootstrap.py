@@ -25,7 +25,8 @@ from torch._C._distributed_c10d import Store
 from dpcomm import _native, environment, processors
 from dpcomm.carried import CarriedBuilder
 from dpcomm.errors import ArgumentError, Error, P2PUnavailableError, UnsupportedError, bare_message
-from dpcomm.options import NETWORK_ENGINES, Options
+from dpcomm.nccl import NcclBuilder
+from dpcomm.options import CARRIED_ENGINES, Options
 from dpcomm.records import Hello, bitmap, ranks_in
 from dpcomm.rendezvous import NETWORK, PINNED, Rendezvous, Site, hello_of
 
@@ -124,11 +125,13 @@ def build(site: Site, options: Options | Error) -> Built:
         payloads = meeting.stage("validate", lambda: _validate(meeting, options))
         assert accepted is not None  # else `validate` has raised
         why = "" if accepted.engine == "auto" else "asked for"
-        if accepted.serving in NETWORK_ENGINES:
+        if accepted.serving in CARRIED_ENGINES:
             return _build_carried(meeting, accepted, accepted.serving, site.group, why)
+        if accepted.serving == "nccl":
+            return _build_nccl(meeting, accepted, why)
         if accepted.serving == "p2p":
             channels = min(int.from_bytes(payload, "little") for payload in payloads)
-            return Built(_build_p2p(meeting, accepted, channels), "p2p", why or one_host("CUDA devices"))
+            return _build_on_gpu(meeting, accepted, channels, why)
         return _build_on_cpu(meeting, accepted, site.group, why)
     except BaseException as cause:
         meeting.give_up(cause)
@@ -168,6 +171,24 @@ def _build_on_cpu(meeting: Rendezvous, options: Options, group: Any, why: str) -
     if meeting.rank == 0:
         logger.info("communicator #%d: engine gloo, since there is %s", meeting.number, why)
     return _build_carried(meeting, options, "gloo", group, why)
+
+
+def _build_on_gpu(meeting: Rendezvous, options: Options, channels: int, why: str) -> Built:
+    """Engine p2p; where ranks share no host, and may have another, nccl."""
+    try:
+        return Built(_build_p2p(meeting, options, channels), "p2p", why or one_host("CUDA devices"))
+    except CannotShareError as error:
+        if options.engine != "auto":
+            raise
+        why = f"no shared memory: {error.where}"
+    if meeting.rank == 0:
+        logger.info("communicator #%d: engine nccl, since there is %s", meeting.number, why)
+    return _build_nccl(meeting, options, why)
+
+
+def _build_nccl(meeting: Rendezvous, options: Options, why: str) -> Built:
+    meeting.begin_round(NETWORK)
+    return Built(_build(meeting, options, lambda: NcclBuilder(meeting, options), NETWORK), "nccl", why)
 
 
 def _build_carried(meeting: Rendezvous, options: Options, engine: str, group: Any, why: str) -> Built:
@@ -290,9 +311,10 @@ def _check_reach(engine: str, reached: list[set[int]], hellos: list[Hello]) -> N
         f"ranks {ranks} on {hostname} (network namespace {namespace})"
         for (hostname, _, namespace), ranks in places.items()
     )
+    other = "'nccl'" if engine == "p2p" else "'gloo', for data on CPU"
     error = CannotShareError(
         f"engine {engine} joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach "
-        f"rank {broken[0][1]}: {where}. Use engine='auto' or 'gloo', for data on CPU."
+        f"rank {broken[0][1]}: {where}. Use engine='auto' or {other}."
     )
     error.where = where
     raise error

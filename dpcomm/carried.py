@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from dpcomm import _native, carriers
-from dpcomm.addresses import Address, own_address
-from dpcomm.errors import ArgumentError, CommTimeoutError, Error, PeerLostError, UnsupportedError
-from dpcomm.network import Meeting
+from dpcomm.errors import ArgumentError, CommTimeoutError, Error, UnsupportedError
+from dpcomm.mesh import MeshBuilder
 from dpcomm.options import Options
 from dpcomm.rendezvous import Rendezvous
-
-logger = logging.getLogger("dpcomm")
 
 LOOK_S = 0.05  # how often the wait for torch's own connections looks for failures
 END_S = 1.0  # for a call to end after a failure
 LATE_END_S = 0.2  # for it to end once the time of the construction is over
-SOCKETS_CLOSED = (-1, -1)  # of this rank itself
 
 
-class CarriedBuilder:
+class CarriedBuilder(MeshBuilder):
     """One rank of an engine between hosts under construction; see `bootstrap.Builder` for the stages.
 
     Args:
@@ -48,67 +41,23 @@ class CarriedBuilder:
             raise ArgumentError(
                 "engine='torch' needs a process group to move messages. Pass one, or use engine='gloo'."
             )
-        self._meeting, self._options, self._engine, self._group = meeting, options, engine, group
-        self._address: Address = own_address(store_host(meeting.store))
-        self._mesh = Meeting(meeting.rank, meeting.nranks, self._address)
-        self._sockets: list[tuple[int, int] | None] = []
+        super().__init__(meeting)
+        self._options, self._engine, self._group = options, engine, group
         # On the user's thread: which GPU is the current one is a thread's own affair.
         self._device = device_of(group) if engine == "torch" and group is not None else torch.device("cpu")
 
-    def __del__(self) -> None:
-        """Closes what a construction that failed before `finish` leaves open."""
-        for pair in getattr(self, "_sockets", []):
-            for descriptor in pair or ():
-                os.close(descriptor)
-        if mesh := getattr(self, "_mesh", None):
-            mesh.close()
-
-    def endpoint(self) -> bytes:
-        """Where this rank listens."""
-        return self._mesh.endpoint()
-
-    def probe(self, endpoints: list[bytes]) -> list[bool]:
-        """Connects to the lower ranks.
-
-        Raises:
-            PeerLostError: One of them cannot be reached.
-        """
-        reached = self._mesh.probe(endpoints, self._meeting.remaining_s())
-        for rank, reason in sorted(self._mesh.reasons.items()):
-            mine, theirs = (self._meeting.hellos[r].hostname for r in (self._meeting.rank, rank))
-            raise PeerLostError(
-                f"rank {self._meeting.rank} on {mine} cannot connect to rank {rank} on {theirs} at {reason}. Ranks "
-                f"connect to each other at ports that the system chooses; this rank's own address is "
-                f"{self._address.host} ({self._address.why}). Open the ports between the hosts, or set "
-                "GLOO_SOCKET_IFNAME to the interface that reaches the others",
-                rank=rank,
-            )
-        return reached
-
-    def bind(self, secret: bytes, timeout_s: float) -> None:
-        """Proves and checks the connections."""
-        self._sockets = self._mesh.bind(secret, timeout_s)
-
-    def warnings(self) -> list[str]:
-        """About strangers that called."""
-        return self._mesh.warnings()
-
     def finish(self, timeout_s: float, name: str) -> _native.Comm:
         """Connects the carrier and makes the first call."""
-        hellos, me = self._meeting.hellos, self._meeting.hellos[self._meeting.rank]
         carrier: carriers.Carrier
         carrier, scratch_bytes = carriers.GlooCarrier(), self._options.arena_bytes
         if self._engine == "torch":  # whose copies take as much as the slots, at most
             carrier, scratch_bytes = carriers.TorchCarrier(self._device), scratch_bytes // 2
-        # From here on the extension closes them, however this ends.
-        sockets = [pair if pair is not None else SOCKETS_CLOSED for pair in self._sockets]
-        self._sockets = []
         comm = _native.CarriedComm(
-            rank=me.rank,
+            rank=self._meeting.rank,
             wish=_native.CarriedWish(scratch_bytes),
-            pids=[hello.pid for hello in hellos],
-            hosts=["" if _sees(me, hello) else hello.hostname for hello in hellos],
-            sockets=sockets,
+            pids=[hello.pid for hello in self._meeting.hellos],
+            hosts=self._hosts(),
+            sockets=self._hand_over(),
             carrier=carrier,
             simd=self._options.simd,
             engine=self._engine,
@@ -213,16 +162,3 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     if device.type == "cpu" or device.index is not None:
         return device
     return torch.device(device.type, torch.get_device_module(device.type).current_device())
-
-
-def store_host(store: Any) -> str | None:
-    """The host of a TCPStore, behind prefixes or not; None for other stores."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    host = getattr(store, "host", None)
-    return str(host) if host else None
-
-
-def _sees(me: Any, peer: Any) -> bool:
-    """Whether a peer's process number means something here."""
-    return (me.boot_id, me.pid_namespace) == (peer.boot_id, peer.pid_namespace)

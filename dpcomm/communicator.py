@@ -47,8 +47,8 @@ class Communicator:
             on a GPU are ordered as torch's own work is: behind what the current stream has, before what it gets.
         codec: What travels, "none" or "fp16"; calls may choose another.
         engine: "auto"; "shm" (on CPU, one host), "gloo" (on CPU, any hosts), "torch" (on CPU, any hosts, through a
-            process group like the given one) or "p2p" (on GPUs of one host; without a device, the current one). auto
-            takes shm or p2p, and on CPU gloo where the ranks share no host.
+            process group like the given one), "p2p" (on GPUs of one host) or "nccl" (on GPUs of any hosts; both without
+            a device take the current one). auto takes shm or p2p, and where the ranks share no host gloo or nccl.
         algorithm: "auto", "direct", "oneshot" or "ring"; calls may choose another.
         timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
             first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.

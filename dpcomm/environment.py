@@ -7,6 +7,9 @@ DPCOMM_CHANNELS    threads that a rank moves large tensors with, 1 to 8; the sam
                    fastest at start, where a rank has several processors to itself
 DPCOMM_P2P_ARENA   where GPUs keep what they exchange; the same on all ranks: "device", their own memory or an error;
                    "pinned", host memory; "auto" (the default), their own, and host memory where that does not work
+DPCOMM_NCCL_LIBRARY
+                   path of the libnccl.so.2 to use; default: the one torch has loaded, else an installed wheel's, else
+                   the system's
 DPCOMM_CUDA        read by setup.py only
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 from dpcomm import _native
@@ -26,7 +30,15 @@ MAX_TIMEOUT_S = 30 * 24 * 3600.0
 DEFAULT_ARENA_MB = 64
 MAX_ARENA_MB = 64 * 1024
 P2P_ARENAS = ("auto", "device", "pinned")
-KNOWN = ("DPCOMM_TIMEOUT_S", "DPCOMM_ARENA_MB", "DPCOMM_SIMD", "DPCOMM_CHANNELS", "DPCOMM_P2P_ARENA", "DPCOMM_CUDA")
+KNOWN = (
+    "DPCOMM_TIMEOUT_S",
+    "DPCOMM_ARENA_MB",
+    "DPCOMM_SIMD",
+    "DPCOMM_CHANNELS",
+    "DPCOMM_P2P_ARENA",
+    "DPCOMM_NCCL_LIBRARY",
+    "DPCOMM_CUDA",
+)
 
 
 class Environment(NamedTuple):
@@ -37,6 +49,7 @@ class Environment(NamedTuple):
     simd: str  # "" takes the best
     channels: int  # 0: measured
     p2p_arena: str
+    nccl_library: str  # "": found
 
 
 def read() -> Environment:
@@ -46,7 +59,7 @@ def read() -> Environment:
         ArgumentError: A value cannot be parsed or is out of range.
     """
     _warn_unknown(tuple(sorted(name for name in os.environ if name.startswith("DPCOMM_") and name not in KNOWN)))
-    return Environment(_timeout_s(), _arena_bytes(), _simd(), _channels(), _p2p_arena())
+    return Environment(_timeout_s(), _arena_bytes(), _simd(), _channels(), _p2p_arena(), nccl_library())
 
 
 @functools.cache
@@ -111,3 +124,17 @@ def _p2p_arena() -> str:
     if text not in P2P_ARENAS:
         raise ArgumentError(f"DPCOMM_P2P_ARENA={text!r}: expected one of {', '.join(P2P_ARENAS)}")
     return text
+
+
+def nccl_library() -> str:
+    """The absolute path that DPCOMM_NCCL_LIBRARY gives, "" where it is not set.
+
+    Raises:
+        ArgumentError: It is no file.
+    """
+    text = os.environ.get("DPCOMM_NCCL_LIBRARY")
+    if text is None:
+        return ""
+    if not Path(text).is_file():
+        raise ArgumentError(f"DPCOMM_NCCL_LIBRARY={text!r}: expected the path of a libnccl.so.2")
+    return str(Path(text).absolute())

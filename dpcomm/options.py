@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
-from dpcomm import _native, environment
+from dpcomm import _native, environment, nccl_library
 from dpcomm.errors import ArgumentError, UnsupportedError
 
 MAX_TIMEOUT_S = environment.MAX_TIMEOUT_S
@@ -20,9 +20,10 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 ENCODED = ("float32", "float16", "bfloat16")  # what a codec other than none serves
 # Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
-ENGINES = ("auto", "shm", "p2p", "gloo", "torch")
-NETWORK_ENGINES = ("gloo", "torch")
-LATER_ENGINES = ("nccl",)
+ENGINES = ("auto", "shm", "p2p", "gloo", "torch", "nccl")
+CARRIED_ENGINES = ("gloo", "torch")  # on CPU, through torch
+NETWORK_ENGINES = (*CARRIED_ENGINES, "nccl")
+GPU_ENGINES = ("p2p", "nccl")
 CPU = -1  # the ordinal of no GPU
 
 
@@ -134,7 +135,10 @@ def choice(what: str, value: object, names: dict[str, int]) -> str:
 
 
 def engine_reason(engine: str) -> str:
-    """Why an engine cannot be used here; "" where it can. Asks the CUDA driver about those of GPUs."""
+    """Why an engine cannot be used here; "" where it can.
+
+    Asks the CUDA driver about those of GPUs, and loads NCCL for engine nccl.
+    """
     if engine in ("shm", "torch"):
         return ""
     if engine == "gloo":
@@ -143,7 +147,7 @@ def engine_reason(engine: str) -> str:
         reason = _native.cuda_reason()
         if reason:
             return f"CUDA not available: {reason}"
-        return "" if engine == "p2p" else "this version of dpcomm has no engine nccl yet"
+        return "" if engine == "p2p" else nccl_library.reason()
     raise AssertionError(engine)
 
 
@@ -160,7 +164,8 @@ def resolve(
 
     Raises:
         ArgumentError: An unknown name, a number out of range, an engine or device that is not available or not served.
-        UnsupportedError: A device or engine that this version does not serve.
+        UnsupportedError: A device that this version does not serve.
+        VersionError: Engine nccl, and no NCCL that it can use.
     """
     env = environment.read()
     _check_engine(engine)
@@ -191,22 +196,17 @@ def positive(what: str, value: object, limit: float) -> float:
 
 
 def _check_engine(engine: object) -> None:
-    if engine in ENGINES:
-        if engine == "gloo" and (reason := engine_reason("gloo")):
-            raise ArgumentError(f"engine='gloo': {reason}. Use engine='torch', or another build of torch.")
-        return
-    if not isinstance(engine, str) or engine not in LATER_ENGINES:
+    if engine not in ENGINES:
         raise ArgumentError(f"unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
-    reason = engine_reason(engine)
-    kind = ArgumentError if reason.startswith("CUDA not available") else UnsupportedError
-    raise kind(f"engine={engine!r}: {reason}. Use one of {', '.join(ENGINES)}.")
+    if engine == "gloo" and (reason := engine_reason("gloo")):
+        raise ArgumentError(f"engine='gloo': {reason}. Use engine='torch', or another build of torch.")
 
 
 def _ordinal(device: object, engine: object) -> int:
     """Which GPU, or CPU."""
     asked = f"device={device!r}"
     if device is None:
-        kind, ordinal = ("cuda" if engine == "p2p" else "cpu"), None
+        kind, ordinal = ("cuda" if engine in GPU_ENGINES else "cpu"), None
         asked = f"engine={engine!r}"
     elif isinstance(device, int) and not isinstance(device, bool):
         kind, ordinal = "cuda", device
@@ -215,14 +215,18 @@ def _ordinal(device: object, engine: object) -> int:
     if kind not in ("cpu", "cuda"):
         raise UnsupportedError(f"{asked}: dpcomm serves memory of CPUs and CUDA devices. Use 'cpu' or 'cuda'.")
     if kind == "cpu":
-        if engine == "p2p":
-            raise ArgumentError(f"engine='p2p' moves data between GPUs, but {asked}. Use 'cuda', or engine='auto'.")
+        if engine in GPU_ENGINES:
+            raise ArgumentError(
+                f"engine={engine!r} moves data between GPUs, but {asked}. Use 'cuda', or engine='auto'."
+            )
         return CPU
-    if engine in ("shm", *NETWORK_ENGINES):
+    if engine in ("shm", *CARRIED_ENGINES):
         raise ArgumentError(f"engine={engine!r} moves data between CPUs, but {asked}. Use 'cpu', or engine='auto'.")
     reason = engine_reason("p2p")
     if reason:
         raise ArgumentError(f"{asked}: {reason}")
+    if engine == "nccl":
+        nccl_library.find()
     if ordinal is None:
         return _current_gpu()
     if ordinal < 0:

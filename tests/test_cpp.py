@@ -24,6 +24,7 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_shm": [],
         "test_os": [],
         "test_control_plane": [],
+        "test_call_ledger": [],
         "test_carried": [],
         "test_carried_faults": [],
         "test_queue": [],
@@ -34,6 +35,7 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_shm": [],
         "test_os": [],
         "test_control_plane": [],
+        "test_call_ledger": [],
         "test_carried": ["4"],
         "test_carried_faults": [],
         "test_queue": [],
@@ -44,18 +46,25 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_shm": [],
         "test_os": [],
         "test_control_plane": [],
+        "test_call_ledger": [],
         "test_carried": ["4"],
         "test_carried_faults": [],
         "test_queue": [],
         "test_stores": [],
     },
 }
-# Engine p2p on the stand-in CUDA runtime, which needs CUDA's headers. Address checks of processes that are killed, and
-# of a runtime that reserves address space, say nothing.
+# Engines p2p and nccl on the stand-in CUDA runtime, which needs CUDA's headers. Address checks of processes that are
+# killed, and of a runtime that reserves address space, say nothing.
 STAND_IN: dict[str, dict[str, list[str]]] = {
-    "plain": {"test_stand_in": [], "test_p2p": [], "test_p2p_faults": [], "test_p2p_processes": []},
-    "tsan": {"test_p2p": ["4"], "test_p2p_faults": []},
-    "asan": {"test_p2p": ["4"], "test_p2p_faults": []},
+    "plain": {
+        "test_stand_in": [],
+        "test_stand_in_nccl": [],
+        "test_p2p": [],
+        "test_p2p_faults": [],
+        "test_p2p_processes": [],
+    },
+    "tsan": {"test_stand_in_nccl": [], "test_p2p": ["4"], "test_p2p_faults": []},
+    "asan": {"test_stand_in_nccl": [], "test_p2p": ["4"], "test_p2p_faults": []},
 }
 if find_nvcc() is not None:
     PROGRAMS = {kind: {**programs, **STAND_IN[kind]} for kind, programs in PROGRAMS.items()}

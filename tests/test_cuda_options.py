@@ -59,7 +59,7 @@ ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
     "ctas-0": ({"max_ctas": 0, "device": 0}, "ArgumentError", "max_ctas=0: expected None or a whole number"),
     "ctas-float": ({"max_ctas": 4.0, "device": 0}, "ArgumentError", "max_ctas=4.0: expected None or a whole number"),
     "ctas-bool": ({"max_ctas": True, "device": 0}, "ArgumentError", "max_ctas=True: expected None"),
-    "nccl": ({"engine": "nccl"}, "UnsupportedError", "engine='nccl': this version of dpcomm has no engine nccl yet"),
+    "nccl-on-cpu": ({"engine": "nccl", "device": "cpu"}, "ArgumentError", "between GPUs, but device='cpu'"),
 }
 
 
@@ -179,7 +179,7 @@ def test_34_more_ranks_than_the_engine_serves(gpu: Gpu, monkeypatch: pytest.Monk
 
 def test_35_ranks_that_do_not_reach_each_other(gpu: Gpu) -> None:
     gpu.unreachable = {0}
-    caught = build([hash_store()] * 2, on(0, 1))
+    caught = build([hash_store()] * 2, on(0, 1, engine="p2p"))
     check_all(caught, "UnsupportedError", "engine p2p joins", "ranks [0, 1] on ", "cannot reach rank 0", within_s=1.0)
 
 

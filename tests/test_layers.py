@@ -20,16 +20,18 @@ MAY = {
     "host": ("core/", "engine.h", "error.h"),
     "carried": ("core/",),
     "cpu": ENGINE_MAY,
-    "cuda": ENGINE_MAY,
-    "nccl": ENGINE_MAY,
+    "gpu": ("core/", "error.h"),
+    "cuda": (*ENGINE_MAY, "gpu/"),
+    "nccl": (*ENGINE_MAY, "gpu/"),
 }
-BINDINGS = ("bindings.h", "bindings.cpp", "bindings_carried.cpp")
+BINDINGS = ("bindings.h", "bindings.cpp", "bindings_carried.cpp", "bindings_nccl.cpp")
 PYTHON = re.compile(r"(pybind11|torch|ATen|c10|nanobind)/|Python\.h$")
 # System headers that a layer must not include. `carried` needs the C++ library only, whose names are plain words.
 FOREIGN = {
     "host": re.compile(r"cuda|nccl"),
     "carried": re.compile(r"[./]"),
     "cpu": re.compile(r"cuda|nccl"),
+    "gpu": re.compile(r"nccl"),
     "cuda": re.compile(r"nccl"),
 }
 # The core is pure arithmetic and flags: it never allocates, locks, throws or prints.
@@ -88,7 +90,7 @@ def core_violations(path: Path, csrc: Path) -> Iterator[str]:
 
 
 def layer_violations(path: Path, csrc: Path, layer: str) -> Iterator[str]:
-    """The rules of csrc/host, csrc/carried, csrc/cpu, csrc/cuda and csrc/nccl."""
+    """The rules of csrc/host, csrc/carried, csrc/cpu, csrc/gpu, csrc/cuda and csrc/nccl."""
     for ours, name in includes(path, csrc):
         if ours and not name.startswith((f"{layer}/", *MAY[layer])):
             yield f"{layer} includes {name}"
@@ -175,6 +177,8 @@ PLANTED = [
     ("csrc/cpu/wait.h", '#include "cuda/lanes.cuh"', "cpu/wait.h: cpu includes cuda/lanes.cuh"),
     ("csrc/cpu/wait.h", "#include <cuda_runtime.h>", "cpu/wait.h: cpu includes cuda_runtime.h"),
     ("csrc/cuda/lanes.cuh", '#include "../cpu/wait.h"', "cuda/lanes.cuh: cuda includes cpu/wait.h"),
+    ("csrc/gpu/events.h", '#include "../cuda/lanes.cuh"', "gpu/events.h: gpu includes cuda/lanes.cuh"),
+    ("csrc/gpu/events.h", "#include <nccl.h>", "gpu/events.h: gpu includes nccl.h"),
     ("csrc/cuda/lanes.cuh", "#include <nccl.h>", "cuda/lanes.cuh: cuda includes nccl.h"),
     ("csrc/nccl/engine.cpp", '#include "../cuda/lanes.cuh"', "nccl/engine.cpp: nccl includes cuda/lanes.cuh"),
     ("csrc/cpu/wait.h", "#include <Python.h>", "cpu/wait.h: includes Python.h"),
@@ -199,7 +203,8 @@ CLEAN = {
     "csrc/cpu/wait.h": '#include "../core/tile.h"\n#include "core/portable.h"\n#include <atomic>\n',
     "csrc/cpu/carried_engine.h": '#include "../carried/schedule.h"\n#include "../host/arena.h"\n',
     "csrc/cuda/lanes.cuh": '#include "../core/tile.h"\n#include <cuda_runtime.h>\n',
-    "csrc/nccl/engine.cpp": '#include "engine.h"\n#include <nccl.h>\n',
+    "csrc/gpu/events.h": '#include "../error.h"\n#include <cuda_runtime_api.h>\n',
+    "csrc/nccl/engine.cpp": '#include "engine.h"\n#include "../gpu/events.h"\n#include <nccl.h>\n',
     "csrc/engine.h": '#include "error.h"\n',
     "csrc/error.h": "#include <string>\n",
     "csrc/queue.h": '#include "engine.h"\n',

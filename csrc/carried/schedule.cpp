@@ -39,6 +39,7 @@ class Player {
       case Algorithm::carrier:
         break;  // the engine has chosen
     }
+    stepper_.pause();
     return std::move(end_);
   }
 
@@ -151,10 +152,7 @@ class Player {
     return first + range.groups <= s.elems / kGroup ? s.data + first * call_.group_bytes : nullptr;
   }
 
-  void run(const Step& step, bool in_place = false) {
-    stepper_.play(step, in_place);
-    stepper_.waiting();
-  }
+  void run(const Step& step, bool in_place = false) { stepper_.play(step, in_place); }
 
   void begin() { sends_.clear(), receives_.clear(); }
   void send(int peer, char* from, Range range) {
@@ -164,12 +162,14 @@ class Player {
     if (range.groups > 0) receives_.push_back({peer, to, range.groups * call_.group_bytes});
   }
   void start() {
+    stepper_.pause();
     const int64_t ticket = carrier_.exchange(sends_, receives_);
     if (next_ < 0) next_ = ticket;
   }
 
   // Every algorithm needs its exchanges in the order in which it started them.
   bool arrived() {
+    stepper_.pause();
     end_ = carrier_.wait(next_++, call_.timeout_s);
     return good_ = end_.kind == Arrival::Kind::here;
   }

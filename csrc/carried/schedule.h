@@ -14,11 +14,12 @@ namespace dpcomm {
 constexpr int kAhead = 2;         // rounds that a message has to arrive
 constexpr int kCarriedSlots = 4;  // 2 * kAhead; see schedule.cpp
 
-// What plays the steps of one rank's call. On a GPU a step is enqueued.
+// What plays the steps of one rank's call. Those between two pauses touch different memory, so a GPU may play them at
+// once.
 class Stepper {
  public:
   virtual void play(const Step& step, bool in_place) = 0;
-  virtual void waiting() = 0;  // statistics: what follows is not a step
+  virtual void pause() = 0;  // the carrier comes next: it sends what the steps before have written
 
  protected:
   ~Stepper() = default;

@@ -56,7 +56,7 @@ class Timed final : public Stepper {
     const DefaultFloatEnvironment environment;
     isa_.run_step({call_.team, call_.bucket, call_.header, step, in_place, tally});
   }
-  void waiting() override { tally.enter(Phase::wait); }
+  void pause() override { tally.enter(Phase::wait); }
 
   Tally tally;
 
@@ -131,7 +131,7 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
   Timed steps(isa_, carried);
   const bool aside = Algorithm(header.algorithm) == Algorithm::carrier;
   const Arrival end = aside ? add_by_carrier(call) : play(*carrier_, steps, carried);
-  steps.waiting();
+  steps.pause();
   if (end.kind != Arrival::Kind::here) fail_arrival(call, end);
   const std::lock_guard lock(stats_mutex_);
   count_call(stats_, header, bucket.groups, team_.rank, team_.nranks, Reach::network);

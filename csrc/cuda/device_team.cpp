@@ -16,13 +16,6 @@ namespace {
 
 constexpr int kFirstEvents = 32;
 
-bool is_capturing(cudaStream_t stream) {
-  if (stream == nullptr || stream == cudaStreamLegacy) return false;  // which cannot be captured
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
-}
-
 Clock::time_point after(double seconds) {
   return Clock::now() +
          std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, 1e8)));
@@ -50,12 +43,7 @@ DeviceTeam::DeviceTeam(const Setup& s)
       ranks_(s.ranks),
       geometry_(s.geometry),
       lease_(s.device, int(s.ranks.size()) * s.geometry.channels),
-      far_domain_([&] {
-        int major = 0;
-        check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, s.device),
-                   "cudaDeviceGetAttribute");
-        return major >= 9;
-      }()),
+      far_domain_(attribute(cudaDevAttrComputeCapabilityMajor, s.device) >= 9),
       control_(s.control),
       stream_(s.device),
       events_(kFirstEvents),
@@ -177,11 +165,7 @@ bool DeviceTeam::place_segments(const Launch& launch, P2pCall& call) {
 // domain; in the remote one those of the application's kernels are not among them.
 void DeviceTeam::start(const void* kernel, int ctas, P2pCall& call) {
   int& threads = threads_[kernel];
-  if (threads == 0) {
-    cudaFuncAttributes is{};
-    check_cuda(cudaFuncGetAttributes(&is, kernel), "cudaFuncGetAttributes");
-    threads = is.maxThreadsPerBlock;
-  }
+  if (threads == 0) threads = threads_of(kernel, device_);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeCooperative;
   attributes[0].val.cooperative = 1;

@@ -12,11 +12,13 @@
 #include <vector>
 
 #include "../engine.h"
+#include "../gpu/device.h"
+#include "../gpu/events.h"
+#include "../gpu/segment_tables.h"
 #include "../host/control.h"
-#include "device.h"
-#include "events.h"
+#include "cta_lease.h"
+#include "p2p_call.h"
 #include "p2p_geometry.h"
-#include "segment_tables.h"
 
 namespace dpcomm {
 

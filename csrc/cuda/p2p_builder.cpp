@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "cta_lease.h"
+
 namespace dpcomm {
 
 namespace {

@@ -8,12 +8,11 @@
 #pragma once
 #include "../core/mailbox.h"
 #include "../core/segments.h"
+#include "../gpu/launch.h"
 
 namespace dpcomm {
 
-constexpr int kCtaThreads = 512;     // at most: 16 groups at once; 128 registers each, so that one CTA fits on every SM
-constexpr int kMostCtas = 64;        // of one rank
-constexpr int kInlineSegments = 96;  // of all ranks that one launch plays
+constexpr int kMostCtas = 64;  // of one rank
 
 // In the device's own memory.
 struct RankState {

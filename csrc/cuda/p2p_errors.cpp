@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "../core/protocol.h"
+#include "../gpu/sticky.h"
 #include "p2p_engine.h"
 
 namespace dpcomm {
@@ -28,44 +29,18 @@ Error P2pEngine::cause_error(const Call* call, bool of_the_call_itself) {
   return text.met(failure, call, first, !text.was_late(failure));
 }
 
-namespace {
-
-// What a kernel leaves behind for every later call of the process, whoever launched it.
-bool is_sticky(int status) {
-  switch (cudaError_t(status)) {
-    case cudaErrorIllegalAddress:
-    case cudaErrorAssert:
-    case cudaErrorHardwareStackError:
-    case cudaErrorIllegalInstruction:
-    case cudaErrorMisalignedAddress:
-    case cudaErrorInvalidAddressSpace:
-    case cudaErrorInvalidPc:
-    case cudaErrorLaunchFailure:
-    case cudaErrorECCUncorrectable:
-      return true;
-    default:
-      return false;
-  }
-}
-
-}  // namespace
-
 // A stream that does not exist is the caller's mistake, and nothing has begun. All else ends the communicator: the
 // others would wait for this rank.
 void P2pEngine::throw_cuda(const Error& error, const Call& call, uintptr_t stream) {
   const std::string what = error.what();
-  if (error.code == Code::cuda && error.errnum == cudaErrorInvalidResourceHandle && !failed()) {
+  if (is_invalid_stream(error) && !failed()) {
     --calls_;
     char handle[32];
     std::snprintf(handle, sizeof handle, "stream 0x%llx", static_cast<unsigned long long>(stream));
     throw Error(Code::cuda, prefix(Code::cuda, &call) + what + ", " + handle + ". Does it exist, on this device?");
   }
   abort(what);
-  if (error.code == Code::cuda && is_sticky(error.errnum))
-    throw Error(Code::cuda, prefix(Code::cuda, &call) + "earlier asynchronous CUDA error: " + what +
-                                ". A kernel before this call has caused it, and the process can no longer use the "
-                                "GPU: run it with CUDA_LAUNCH_BLOCKING=1 to see which.");
-  throw Error(error.code, prefix(error.code, &call) + what);
+  throw Error(error.code, prefix(error.code, &call) + sticky_text(error));
 }
 
 void P2pEngine::check() {

@@ -2,7 +2,7 @@
 // eight elements each at a time.
 #include <string>
 
-#include "cuda_check.h"
+#include "../gpu/cuda_check.h"
 #include "passes.h"
 #include "passes_kernel.h"
 

@@ -3,8 +3,8 @@
 #include <cerrno>
 #include <utility>
 
-#include "cuda_check.h"
-#include "device.h"
+#include "../gpu/cuda_check.h"
+#include "../gpu/device.h"
 
 namespace dpcomm {
 

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "control.h"
+#include "unique_fd.h"
 
 namespace dpcomm {
 
@@ -62,6 +63,15 @@ inline bool send_whole(int socket, const void* message, size_t bytes) {
   do n = ::send(socket, message, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
   while (n < 0 && errno == EINTR);
   return n == ssize_t(bytes);
+}
+
+// What the other end has sent, unread, would turn the end of a TCP connection into a reset, which may overtake a
+// goodbye.
+inline void hang_up(UniqueFd& socket) {
+  char dropped[1024];
+  ::shutdown(socket.get(), SHUT_WR);
+  while (::recv(socket.get(), dropped, sizeof dropped, MSG_DONTWAIT) > 0) continue;
+  socket.reset();
 }
 
 }  // namespace dpcomm

@@ -15,15 +15,6 @@ using Kind = ControlFrame::Kind;
 
 uint64_t all_bits(int nranks) { return nranks >= 64 ? ~uint64_t{0} : (uint64_t{1} << nranks) - 1; }
 
-// What the other end has sent, unread, would turn the end of a TCP connection into a reset, which may overtake a
-// goodbye.
-void hang_up(UniqueFd& socket) {
-  char dropped[1024];
-  ::shutdown(socket.get(), SHUT_WR);
-  while (::recv(socket.get(), dropped, sizeof dropped, MSG_DONTWAIT) > 0) continue;
-  socket.reset();
-}
-
 }  // namespace
 
 double ControlPlane::now_s() {

@@ -35,6 +35,9 @@ class ControlPlane {
   ControlPage& page() { return *page_; }
   uint64_t failure() const { return load_acquire(&page_->failure); }  // pairs with (1)
 
+  // For engines that exchange no headers here: which call of mine is the last.
+  void note_call(uint64_t sequence) { sequence_ = sequence; }
+
   // Any thread, never waits. `blamed`: a bit for each rank that the cause is about: they are given less time to decide
   // on it. For a time-out they are whom this rank has waited for. Only the first proposal counts.
   void propose(Failure failure, uint64_t blamed, const std::string& reason = "");

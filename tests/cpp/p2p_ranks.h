@@ -211,10 +211,9 @@ inline bool usable(Queues& ranks) {
 
 // What exists after everything was given back: nothing but the streams, which are lent again (events.h); as many as
 // were in use at once.
-inline void check_nothing_is_left() {
-  constexpr int64_t kStreamsAtOnce = 3;
+inline void check_nothing_is_left(int64_t streams_at_once = 3) {
   const stand_in::Counters& c = stand_in::counters();
-  CHECK(c.streams <= kStreamsAtOnce);
+  CHECK(c.streams <= streams_at_once);
   const std::pair<const char*, int64_t> all[] = {{"allocations", c.allocations},
                                                  {"host allocations", c.host_allocations},
                                                  {"registrations", c.registrations},

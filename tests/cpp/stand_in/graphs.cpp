@@ -169,9 +169,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
     if (capture->origin != stream) return capture->valid = false, cudaErrorStreamCaptureUnmatched;
     const bool joined = is_joined(*capture);
     finish(capture);
+    std::vector<Node> nodes = std::exchange(capture->nodes, {});  // events that were recorded in it keep the rest
     if (!capture->valid) return cudaErrorStreamCaptureInvalidated;
     if (!joined) return cudaErrorStreamCaptureUnjoined;
-    *graph = new CUgraph_st{capture->nodes};
+    *graph = new CUgraph_st{std::move(nodes)};
     ++counters().graphs;
     return cudaSuccess;
   });

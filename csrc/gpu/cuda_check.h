@@ -21,6 +21,11 @@ inline void check_cuda(cudaError_t status, const char* what) {
   throw error;
 }
 
+// device.cpp
+bool is_capturing(cudaStream_t stream);
+int attribute(cudaDeviceAttr name, int device);
+int threads_of(const void* kernel, int device);  // of a CTA, at most. Error(version): built for other GPUs
+
 // Elements of plain data in the memory of the current device, zero at first.
 template <class T>
 class DeviceArray {

@@ -1,4 +1,4 @@
-// GPUs: who they are, which reach each other, and how many CTAs one may keep waiting.
+// GPUs: who they are, and which reach each other.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -24,21 +24,5 @@ int device_with(const uint8_t uuid[16]);           // -1: none that this process
 void require_peer_access(int from, int to, int rank);
 // The same, and opens the way; it makes a context on the other device. (Opening a handle does that without one.)
 void enable_peer_access(int from, int to, int rank);
-
-// CTAs of our kernels that wait for peers hold their place on the device until those have come. So all that can wait at
-// once, of all communicators of this process, must fit on the device, or some would wait for others that never start.
-class CtaLease {
- public:
-  CtaLease() = default;
-  CtaLease(int device, int ctas);  // Error(resource) where so many are not left
-  CtaLease(CtaLease&& other) noexcept;
-  CtaLease& operator=(CtaLease&& other) noexcept;
-  ~CtaLease();
-
-  static int left(int device);  // that nobody has leased. Loads all kernels: nothing is loaded while one waits.
-
- private:
-  int device_ = -1, ctas_ = 0;
-};
 
 }  // namespace dpcomm

@@ -9,7 +9,7 @@
 #include "../core/segments.h"
 #include "cuda_check.h"
 #include "events.h"
-#include "p2p_call.h"
+#include "launch.h"
 
 namespace dpcomm {
 

@@ -1,0 +1,385 @@
+#include "engine.h"
+
+#include <algorithm>
+
+#include "../core/protocol.h"
+#include "../gpu/device.h"
+#include "../host/call_facts.h"
+#include "../host/pattern.h"
+#include "../host/watchdog.h"
+#include "on_stream.h"
+#include "step_kernels.h"
+
+namespace dpcomm {
+
+namespace {
+
+constexpr int kFirstEvents = 32;
+constexpr int64_t kLeastSlotBytes = 4096;
+constexpr double kDrainS = 5;  // a call in flight at close
+constexpr double kCloseS = 2;  // NCCL's own farewell
+constexpr int kGroupsOfCta = kCtaThreads / 32;
+
+int64_t slot_bytes_for(int rank, int nranks, const NcclWish& wish) {
+  const int64_t fits = Scratch::slot_bytes_for(rank, nranks, kCarriedSlots, wish.scratch_bytes);
+  if (fits < kLeastSlotBytes)
+    throw Error(Code::argument, "an arena of " + std::to_string(wish.scratch_bytes) + " bytes is too small for " +
+                                    std::to_string(nranks) + " ranks. Raise DPCOMM_ARENA_MB.");
+  const int64_t wished = (wish.slice_bytes + kLeastSlotBytes - 1) / kLeastSlotBytes * kLeastSlotBytes;
+  return wished > 0 ? std::min(fits, wished) : fits;
+}
+
+void require_usable(int device) {
+  if (const std::string reason = cuda_unusable_reason(); !reason.empty())
+    throw Error(Code::argument, "CUDA not available: " + reason + ".");
+  threads_of(end_kernel(), device);  // Error(version) where the kernels were built for other GPUs
+}
+
+nccl::DataType nccl_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32:
+      return nccl::DataType::float32;
+    case Dtype::float64:
+      return nccl::DataType::float64;
+    case Dtype::float16:
+      return nccl::DataType::float16;
+    case Dtype::bfloat16:
+      return nccl::DataType::bfloat16;
+    case Dtype::int32:
+      return nccl::DataType::int32;
+    case Dtype::int64:
+      return nccl::DataType::int64;
+  }
+  return nccl::DataType::uint8;
+}
+
+nccl::RedOp nccl_op(Op op) {
+  switch (op) {
+    case Op::sum:
+      return nccl::RedOp::sum;
+    case Op::mean:
+      return nccl::RedOp::avg;
+    case Op::min:
+      return nccl::RedOp::min;
+    case Op::max:
+      return nccl::RedOp::max;
+  }
+  return nccl::RedOp::sum;
+}
+
+void nap() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
+
+// A kernel is still to come, or NCCL's, behind other work of the device: it will find its memory.
+void park(const std::shared_ptr<NcclMemory>& memory) {
+  static auto* const parked = new std::vector<std::shared_ptr<NcclMemory>>;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  parked->push_back(memory);
+}
+
+}  // namespace
+
+NcclMemory::NcclMemory(int rank, int nranks, int64_t slot_bytes)
+    : scratch(rank, nranks, kCarriedSlots, slot_bytes), nonfinite_groups(1) {
+  void* p = nullptr;
+  check_cuda(cudaHostAlloc(&p, sizeof(CallState), cudaHostAllocPortable), "cudaHostAlloc");
+  state = new (p) CallState{};
+}
+
+NcclMemory::~NcclMemory() { cudaFreeHost(state); }
+
+std::unique_ptr<NcclEngine> NcclEngine::make(Place place) {
+  require_usable(place.device);
+  const CurrentDevice current(place.device);
+  return std::unique_ptr<NcclEngine>(new NcclEngine(std::move(place)));
+}
+
+NcclEngine::NcclEngine(Place p)
+    : device_(p.device),
+      peers_(std::move(p.peers)),
+      stream_(p.device),
+      events_(kFirstEvents),
+      memory_(
+          std::make_shared<NcclMemory>(p.rank, int(peers_.size()), slot_bytes_for(p.rank, int(peers_.size()), p.wish))),
+      most_ctas_(p.wish.max_ctas > 0 ? p.wish.max_ctas : attribute(cudaDevAttrMultiProcessorCount, p.device)),
+      comm_(NcclCommunicator::make(p.library)) {
+  const int64_t slot_bytes = slot_bytes_for(p.rank, int(peers_.size()), p.wish);
+  team_ = {p.rank, int(peers_.size()), memory_->scratch.box(), nullptr, kCarriedSlots, slot_bytes, slot_bytes, true};
+  std::vector<UniqueFd> headers;
+  for (PeerSockets& s : p.sockets) headers.push_back(std::move(s.headers));
+  plane_ = std::make_unique<ControlPlane>(p.rank, std::move(p.sockets));
+  ledger_ = std::make_unique<CallLedger>(
+      p.rank, std::move(headers),
+      CallLedger::Listener{
+          [state = memory_->state](uint64_t call) { store_release(&state->agreed, call); },  // pairs with end_call()
+          [this](const Failure& failure, uint64_t blamed) { plane_->propose(failure, blamed); }});
+  carrier_ = std::make_unique<NcclCarrier>(*comm_, device_, stream_.get(), events_, [this] { return given_up(); });
+  tick_ = Watchdog::instance().tick([this] { tick(); });
+}
+
+NcclEngine::~NcclEngine() { close(); }
+
+void NcclEngine::connect(const nccl::UniqueId& id, double timeout_s, const std::function<bool()>& interrupted) {
+  timeout_s_ = timeout_s;
+  const CurrentDevice current(device_);
+  patience_until_ = after(timeout_s);
+  try {
+    comm_->connect(id, rank(), nranks(), [&] { return given_up() || (interrupted && interrupted()); });
+  } catch (const NcclCommunicator::Broken& error) {
+    note_broken(error.what());
+    throw cause_error(nullptr);
+  }
+}
+
+// Over every path: pairs of ranks, and NCCL's own all-reduce. NCCL connects at the first message, and kernels are
+// loaded at the first launch.
+void NcclEngine::verify(double timeout_s, const std::string& name, const std::function<bool()>& interrupted) {
+  timeout_s_ = timeout_s;
+  const CurrentDevice current(device_);
+  for (const Algorithm algorithm : {Algorithm::direct, Algorithm::automatic}) {
+    PatternCall pattern(rank());
+    const DeviceArray<int32_t> data(pattern.data);
+    pattern.call.addresses = {reinterpret_cast<char*>(data.data())};
+    pattern.call.algorithm = algorithm;
+    const auto pending = enqueue(pattern.call, stream());
+    if (!pending->synchronize(2 * timeout_s, interrupted)) throw stuck_error();
+    if (const std::exception_ptr error = pending->error()) std::rethrow_exception(error);
+    pattern.data = data.read();
+    if (const int64_t at = pattern.first_wrong(nranks()); at >= 0)
+      throw Error(Code::internal, prefix(Code::internal, &pattern.call) + "NCCL does not deliver what was sent, at " +
+                                      "element " + std::to_string(at) +
+                                      ". Please report this with the output of `python -m dpcomm info`.");
+  }
+  uncounted_ = sequence_;
+  stats(true);
+  name_ = name;
+}
+
+void NcclEngine::allreduce(const Call&) {
+  throw Error(Code::internal, "[dpcomm:INTERNAL] calls of engine nccl need a stream: use enqueue()");
+}
+
+std::shared_ptr<Pending> NcclEngine::enqueue(const Call& call, uintptr_t stream) {
+  refuse_fork();
+  if (!served(call)) throw failure_text().unserved(call);
+  if (int64_t(call.counts.size()) > SegmentTables::kMost)
+    throw Error(Code::unsupported, prefix(Code::unsupported, &call) + std::to_string(call.counts.size()) +
+                                       " tensors in one call, and " + std::to_string(SegmentTables::kMost) +
+                                       " are possible. Lower bucket_cap_mb, or pass fewer at a time.");
+  if (failed()) throw cause_error(&call);
+  try {
+    return put(call, reinterpret_cast<cudaStream_t>(stream));
+  } catch (const Error& error) {
+    if (error.code != Code::cuda) throw;
+    throw_cuda(error, call, stream);
+  }
+}
+
+// `end` is launched however the call goes: it fills the bucket with NaNs where it went wrong. If this throws, whatever
+// the caller's stream does next comes behind that all the same.
+std::shared_ptr<Pending> NcclEngine::put(const Call& call, cudaStream_t stream) {
+  const CurrentDevice current(device_);
+  const std::lock_guard lock(put_mutex_);
+  const bool capturing = is_capturing(stream);
+  const EventPool::Lent ready = events_.take(), ended = events_.take();
+  check_cuda(cudaEventRecord(ready.get(), stream), "cudaEventRecord");
+  check_cuda(cudaStreamWaitEvent(stream_.get(), ready.get(), 0),
+             "cudaStreamWaitEvent (an error of earlier work shows here)");
+  patience_until_ = after(timeout_s_);
+  const Flight flight = prepare(call, capturing);
+  const std::exception_ptr moving = attempt(call, [&] {
+    BeginLaunch begin{memory_->state};
+    launch(begin_kernel(), 1, &begin);
+    return Algorithm(flight.header.algorithm) == Algorithm::carrier ? add_by_nccl(flight) : move(flight);
+  });
+  const std::exception_ptr ending = attempt(call, [&] {
+    EndLaunch end{memory_->state, flight.header.sequence, memory_->nonfinite_groups.data(), call.dtype, flight.table};
+    launch(end_kernel(), 1, &end);
+    return Arrival{};
+  });
+  check_cuda(cudaEventRecord(ended.get(), stream_.get()), "cudaEventRecord");
+  if (flight.table.segments && !capturing) memory_->tables.used(ended);
+  if (moving || ending) {
+    check_cuda(cudaStreamWaitEvent(stream, ended.get(), 0), "cudaStreamWaitEvent");
+    std::rethrow_exception(moving ? moving : ending);
+  }
+  const std::lock_guard stats_lock(stats_mutex_);
+  count_call(stats_, flight.header, flight.table.groups, rank(), nranks(), Reach::network);
+  return std::make_shared<OnStream>(*this, ended);
+}
+
+// A part of a call. All ranks know what goes wrong in it before this returns, so that `end` fills the bucket.
+std::exception_ptr NcclEngine::attempt(const Call& call, const std::function<Arrival()>& part) {
+  try {
+    const Arrival arrival = part();
+    if (arrival.kind == Arrival::Kind::here) return nullptr;
+    note_broken(arrival.text);
+    throw cause_error(&call);
+  } catch (const Error& error) {
+    if (error.code == Code::cuda) abort(error.what()), wait_until_failed();
+    return std::current_exception();
+  }
+}
+
+NcclEngine::Flight NcclEngine::prepare(const Call& call, bool capturing) {
+  Flight flight{call, {}, {}};
+  BucketTable& table = flight.table;
+  table.groups = fill_segments(call, segments_);
+  table.count = int64_t(segments_.size());
+  if (table.count <= kInlineSegments)
+    std::copy(segments_.begin(), segments_.end(), table.few);
+  else
+    table.segments = memory_->tables.put(segments_, stream_.get(), capturing, timeout_s_);
+  flight.header = header_of(call, table.groups, nranks(), Reach::network);
+  if (steps_aside(call)) flight.header.algorithm = uint8_t(Algorithm::carrier);
+  flight.header.sequence = ++sequence_;
+  plane_->note_call(sequence_);
+  ledger_->post(flight.header);
+  return flight;
+}
+
+// Nothing beats NCCL's own all-reduce where no codec makes less of the bytes. But its minima and maxima of real numbers
+// lose NaNs.
+bool NcclEngine::steps_aside(const Call& call) const {
+  const bool real = call.dtype != Dtype::int32 && call.dtype != Dtype::int64;
+  return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && (call.op <= Op::mean || !real);
+}
+
+Arrival NcclEngine::add_by_nccl(const Flight& flight) {
+  const Call& call = flight.call;
+  try {
+    comm_->group(
+        [&](const nccl::Api& api, nccl::Comm comm) {
+          for (size_t i = 0; i < call.counts.size(); ++i)
+            if (call.counts[i] > 0)
+              comm_->took(api.AllReduce(call.addresses[i], call.addresses[i], size_t(call.counts[i]),
+                                        nccl_type(call.dtype), nccl_op(call.op), comm, stream_.get()),
+                          "ncclAllReduce");
+        },
+        [this] { return given_up(); });
+  } catch (const NcclCommunicator::Broken& error) {
+    return {Arrival::Kind::broken, -1, error.what()};
+  }
+  return {};
+}
+
+// Steps as launches: those between two pauses are one.
+class NcclEngine::Launcher final : public Stepper {
+ public:
+  Launcher(NcclEngine& engine, const Flight& flight)
+      : engine_(engine),
+        kernel_(step_kernel(Dtype(flight.header.dtype), CodecKind(flight.header.codec),
+                            Algorithm(flight.header.algorithm))),
+        launch_{engine.team_, flight.header, flight.table, {}, 0, false, engine.memory_->nonfinite_groups.data()} {}
+
+  void play(const Step& step, bool in_place) override {
+    const bool to_peers = step.kind == Step::Kind::give || step.kind == Step::Kind::take;
+    PeerSteps* const last = launch_.count > 0 ? &launch_.steps[launch_.count - 1] : nullptr;
+    if (last && to_peers && last->step.kind == step.kind && last->step.slice == step.slice) {
+      last->peers |= bit(step);
+      return;
+    }
+    if (launch_.count == kMostPeerSteps || (last && launch_.in_place != in_place)) pause();
+    launch_.in_place = in_place;
+    launch_.steps[launch_.count++] = {step, to_peers ? bit(step) : 0};
+  }
+  void pause() override {
+    if (launch_.count == 0) return;
+    engine_.launch(kernel_, engine_.ctas_for(launch_), &launch_);
+    launch_.count = 0;
+  }
+
+ private:
+  static uint64_t bit(const Step& step) { return uint64_t{1} << step.peer; }
+
+  NcclEngine& engine_;
+  const void* const kernel_;
+  StepLaunch launch_;
+};
+
+Arrival NcclEngine::move(const Flight& flight) {
+  const Bucket bucket{segments_.data(), flight.table.count, flight.table.groups};
+  const int64_t bytes = group_bytes(flight.call.dtype, flight.call.codec);
+  const CarriedCall call{team_, bucket, flight.header, bytes, timeout_s_};
+  const int parts = parts_of(flight.header, nranks());
+  carrier_->begin((flight.table.groups + parts - 1) / parts > most_groups(team_.slot_bytes, team_.slice_bytes, bytes));
+  Launcher launcher(*this, flight);
+  return play(*carrier_, launcher, call);
+}
+
+// A slice's groups, a warp each.
+int NcclEngine::ctas_for(const StepLaunch& launch) const {
+  const Header& header = launch.header;
+  const int parts = parts_of(header, nranks());
+  const int64_t chunk = (launch.bucket.groups + parts - 1) / parts;
+  const int64_t slice =
+      most_groups(team_.slot_bytes, team_.slice_bytes, group_bytes(Dtype(header.dtype), CodecKind(header.codec)));
+  const int64_t ctas = (std::min(chunk, slice) + kGroupsOfCta - 1) / kGroupsOfCta;
+  return int(std::clamp<int64_t>(ctas, 1, most_ctas_));
+}
+
+void NcclEngine::launch(const void* kernel, int ctas, void* parameters) {
+  void* arguments[] = {parameters};
+  check_cuda(cudaLaunchKernel(kernel, dim3(unsigned(ctas)), dim3(kCtaThreads), arguments, 0, stream_.get()),
+             "cudaLaunchKernel");
+}
+
+// Stop, drain, say goodbye, give the memory back.
+void NcclEngine::close() {
+  if (in_forked_child() || closed_) return;
+  bool idle = idle_within(failed() ? 0 : kDrainS);
+  if (!idle) abort("closed while operations were in flight");
+  if (closed_.exchange(true)) return;
+  // The goodbye promises that all of my calls have been announced.
+  for (const auto until = after(kCloseS); !ledger_->all_sent() && Clock::now() < until;) ledger_->poll(), nap();
+  plane_->close(sequence_);
+  if (failed() || !idle) {
+    fail_on_device();
+    idle = idle_within(kDrainS);
+  }
+  Watchdog::instance().forget(tick_);
+  ledger_->close();
+  if (!comm_->close(kCloseS) || !idle) park(memory_);
+}
+
+bool NcclEngine::idle_within(double timeout_s) {
+  try {
+    const CurrentDevice current(device_);
+    const EventPool::Lent now = events_.take();
+    check_cuda(cudaEventRecord(now.get(), stream_.get()), "cudaEventRecord");
+    return ended_within(now.get(), timeout_s);
+  } catch (const Error&) {
+    return true;  // the context is lost, or the process ends: nothing runs any more
+  }
+}
+
+Stats NcclEngine::stats(bool reset) {
+  refuse_fork();
+  const std::lock_guard lock(stats_mutex_);
+  const int64_t nonfinite = int64_t(load_acquire(&memory_->state->nonfinite_groups));
+  Stats now = stats_;
+  now.nonfinite_groups = nonfinite - nonfinite_before_;
+  if (reset) stats_ = {}, nonfinite_before_ = nonfinite;
+  return now;
+}
+
+Description NcclEngine::describe() {
+  refuse_fork();
+  Description d;
+  d.engine = "nccl";
+  d.arena_bytes = memory_->scratch.bytes();
+  d.slot_bytes = team_.slot_bytes;
+  d.slots = team_.slots;
+  d.max_ctas = most_ctas_;
+  d.aside_bytes = 1;
+  d.sequence = sequence_ - uncounted_;
+  d.device = device_;
+  for (const DeviceInfo& info : cuda_devices())
+    if (info.ordinal == device_) d.device_name = info.name;
+  d.arena = "device";
+  d.carrier = "NCCL " + nccl::version_text(comm_->library().version) + " (" + comm_->library().path + ")";
+  for (const Peer& p : peers_) d.pids.push_back(p.pid);
+  return d;
+}
+
+}  // namespace dpcomm

@@ -1,0 +1,67 @@
+#include "scratch.h"
+
+#include <set>
+
+#include "../core/protocol.h"
+
+namespace dpcomm {
+
+namespace {
+
+constexpr int64_t kAlign = 4096;
+
+// Lanes of a copy of rank r's arena that this rank uses; see slot() with Team::shared.
+std::vector<int64_t> lanes_of(int r, int rank, int nranks) {
+  std::vector<int64_t> lanes;
+  for (int writer = 0; writer < nranks; ++writer)
+    if (r == rank || writer == rank) lanes.push_back(writer);              // kGiven: to me, or mine to r
+  lanes.push_back(nranks);                                                 // kResult of r
+  if (r == rank || r == (rank + 1) % nranks) lanes.push_back(nranks + 1);  // kRing
+  return lanes;
+}
+
+std::vector<Mailbox*> boxes(char* memory, const std::vector<int64_t>& first, int64_t lane_bytes) {
+  std::vector<Mailbox*> box;
+  for (const int64_t lane : first)  // slots begin behind the mailbox that is not there
+    box.push_back(reinterpret_cast<Mailbox*>(uintptr_t(memory) + uintptr_t(lane * lane_bytes) - sizeof(Mailbox)));
+  return box;
+}
+
+}  // namespace
+
+Scratch::Plan Scratch::plan(int rank, int nranks) {
+  std::set<int64_t> taken;
+  Plan plan{std::vector<int64_t>(size_t(nranks)), 0};
+  for (int step = 0; step < nranks; ++step) {  // my own first: it needs most
+    const int r = (rank + step) % nranks;
+    const std::vector<int64_t> lanes = lanes_of(r, rank, nranks);
+    const auto free = [&](int64_t first) {
+      for (const int64_t lane : lanes)
+        if (first + lane < 0 || taken.contains(first + lane)) return false;
+      return true;
+    };
+    int64_t first = -nranks;
+    while (!free(first)) ++first;
+    for (const int64_t lane : lanes) {
+      taken.insert(first + lane);
+      plan.lanes = std::max(plan.lanes, first + lane + 1);
+    }
+    plan.first[size_t(r)] = first;
+  }
+  return plan;
+}
+
+Scratch::Scratch(int rank, int nranks, int slots, int64_t slot_bytes)
+    : Scratch(plan(rank, nranks), slots, slot_bytes) {}
+
+Scratch::Scratch(const Plan& plan, int slots, int64_t slot_bytes)
+    : bytes_(plan.lanes * slots * slot_bytes),
+      memory_(size_t(bytes_ + kAlign)),
+      box_(boxes(reinterpret_cast<char*>((uintptr_t(memory_.data()) + kAlign - 1) / kAlign * kAlign), plan.first,
+                 slots * slot_bytes)) {}
+
+int64_t Scratch::slot_bytes_for(int rank, int nranks, int slots, int64_t bytes) {
+  return bytes / (plan(rank, nranks).lanes * slots) / kAlign * kAlign;
+}
+
+}  // namespace dpcomm

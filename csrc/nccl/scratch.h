@@ -1,0 +1,38 @@
+// The slots of one rank in device memory, where NCCL sends from and receives into.
+#pragma once
+#include <vector>
+
+#include "../core/mailbox.h"
+#include "../gpu/cuda_check.h"
+
+namespace dpcomm {
+
+// core/protocol.h finds slots in everyone's arenas; here all are this rank's own copies, and most of their lanes are
+// never used: only to and from every peer and itself, everyone's results, both ways of the ring. So the copies lie
+// interleaved, each where the lanes that it needs are still free. No mailbox of them exists: steps read none.
+class Scratch {
+ public:
+  // slot_bytes: a multiple of 4096. Zero at first.
+  Scratch(int rank, int nranks, int slots, int64_t slot_bytes);
+
+  Mailbox* const* box() const { return box_.data(); }  // in device memory
+  int64_t bytes() const { return bytes_; }
+
+  // The largest slots for which that much is enough; 0: none.
+  static int64_t slot_bytes_for(int rank, int nranks, int slots, int64_t bytes);
+
+ private:
+  struct Plan {
+    std::vector<int64_t> first;  // by rank: where its copy begins, in lanes
+    int64_t lanes;
+  };
+  static Plan plan(int rank, int nranks);
+
+  Scratch(const Plan& plan, int slots, int64_t slot_bytes);
+
+  int64_t bytes_;
+  DeviceArray<char> memory_;
+  DeviceArray<Mailbox*> box_;
+};
+
+}  // namespace dpcomm
