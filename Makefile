@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RESULTS := benchmarks/results
+GPUS ?= 1
+NCCL_FLAGS ?= --json $(RESULTS)/nccl-$(GPUS)gpus.json --plot $(RESULTS)/nccl-$(GPUS)gpus.png
 BENCH_FLAGS ?= --json $(RESULTS)/allreduce-2ranks.json --plot $(RESULTS)/allreduce-2ranks.png
 
 requirements := $(wildcard requirements/*.txt)
@@ -15,7 +17,7 @@ cpp_sources = $(shell find csrc tests/cpp benchmarks/cpp -name '*.h' -o -name '*
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint bench bench-smoke bench-train bench-network gpu-check gpu-static format clean
+.PHONY: help venv demo test lint bench bench-smoke bench-train bench-network bench-nccl gpu-check gpu-static format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -59,6 +61,9 @@ bench-train: venv ## step times of data-parallel training, dpcomm against stock 
 
 bench-network: venv ## dpcomm between hosts that are network namespaces, beside gloo; as root; about 20 minutes
 	$(BIN)/python benchmarks/network.py
+
+bench-nccl: venv ## dpcomm beside stock NCCL on this host: GPUS=8 for eight GPUs; with one, virtual ranks
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(GPUS) benchmarks/nccl.py $(NCCL_FLAGS)
 
 gpu-check: venv ## build and run what needs a GPU; stops at once where there is none
 	$(BIN)/python benchmarks/gpu_check.py

@@ -16,6 +16,7 @@ import subprocess
 import sysconfig
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -202,17 +203,17 @@ def included_by(source: Path) -> set[Path]:
     return found
 
 
-def fingerprint(command: list[str], unit: str) -> str:
+def fingerprint(command: list[str]) -> str:
     """Of all that decides what becomes of a unit."""
     digest = hashlib.sha256(f"{run([command[0], '--version'], ROOT)}{command}".encode())
-    for path in sorted(included_by(CSRC / "cuda" / f"{unit}.cu")):
+    for path in sorted(included_by(Path(command[-1]))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def compile_unit(command: list[str], unit: str, folder: Path) -> None:
+def compile_unit(command: list[str], folder: Path) -> None:
     """Leaves log, seconds, PTX and cubin of each architecture in the folder, unless they are there from before."""
-    wanted, key = fingerprint(command, unit), folder / "key"
+    wanted, key = fingerprint(command), folder / "key"
     if key.exists() and key.read_text() == wanted:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -227,17 +228,26 @@ def compile_unit(command: list[str], unit: str, folder: Path) -> None:
     key.write_text(wanted)
 
 
-def compile_all(folder: Path = FOLDER) -> Compiled:
-    """All units as they are shipped: all architectures, host code included, warnings are errors.
+def compile_units(units: Sequence[str], folder: Path = FOLDER) -> None:
+    """Units by name, each into a folder of its own, as they are shipped: all architectures, warnings are errors.
 
     Raises:
         CompilerError: see there.
     """
     commands = build_commands(folder / "configure")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = [pool.submit(compile_unit, commands[unit], unit, folder / unit) for unit in UNITS]
+        waiting = [pool.submit(compile_unit, commands[unit], folder / unit) for unit in units]
         for one in waiting:
             one.result()
+
+
+def compile_all(folder: Path = FOLDER) -> Compiled:
+    """All kernels of engine p2p.
+
+    Raises:
+        CompilerError: see there.
+    """
+    compile_units(UNITS, folder)
     made = Compiled({}, {}, {}, {})
     for unit in UNITS:
         made.usage.update(parse_usage((folder / unit / "log").read_text()))

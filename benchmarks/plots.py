@@ -47,6 +47,28 @@ def draw_allreduce(rows: Sequence[dict[str, Any]], title: str, png_file: Path) -
     pyplot.close(figure)
 
 
+def draw_curves(curves: dict[str, dict[int, float]], title: str, ylabel: str, png_file: Path) -> None:
+    """A line for each name against bytes, on logarithmic axes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
+    for name, points in curves.items():
+        _line(panel, points, "o-" if name.startswith("dpcomm") else "s--", name)
+    panel.set(xlabel="bytes", ylabel=ylabel, xscale="log", yscale="log")
+    panel.set_title(title, wrap=True, fontsize=9)
+    if panel.lines:
+        panel.legend(fontsize=7)
+    figure.savefig(png_file, dpi=100)
+    pyplot.close(figure)
+
+
 def draw_contest(document: Document, png_file: Path) -> None:
     """A line of panels for each state of the cache: times, ratios against a rival, fractions of the floor.
 

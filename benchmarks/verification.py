@@ -61,6 +61,27 @@ def precision_of_half(nranks: int) -> Precision:
     return Precision(2.0**-11, nranks + 1, absolute=nranks * (nranks + 1) * 2.0**-25)
 
 
+def precision_of_sixteen_bits(dtype: torch.dtype, nranks: int) -> Precision:
+    """Cast to 16 bits, and summed in 16 bits (N - 1 additions). bfloat16 has the range of float32; of float16 see
+    precision_of_half()."""
+    if dtype == torch.float16:
+        return Precision(2.0**-11, nranks, absolute=nranks * 2.0**-25)
+    return Precision(2.0**-8, nranks)
+
+
+def precision_of_tensors(precision: Precision, dtype: torch.dtype, nranks: int) -> Precision:
+    """The same way to add where the tensors have 16 bits: their values are rounded before it, and the sums after it."""
+    if dtype == torch.float32:
+        return precision
+    ends = precision_of_sixteen_bits(dtype, nranks + 1)  # N values and their sum
+    return Precision(
+        max(precision.roundoff, ends.roundoff),
+        precision.roundings + 2,
+        precision.of_largest,
+        precision.absolute + ends.absolute,
+    )
+
+
 def parts_of(x: Tensor) -> list[Tensor]:
     """Views of at most PERIOD elements, in order."""
     return [x[start : start + PERIOD] for start in range(0, len(x), PERIOD)]
@@ -80,17 +101,49 @@ def verify(
     """
     rank, nranks = dist.get_rank(), dist.get_world_size()
     terms = [_inputs(precision, r, min(elems, PERIOD)) for r in range(nranks)]
-    x = torch.empty(elems)
-    for part in parts_of(x):
-        part.copy_(terms[rank][: len(part)])
+    x = _repeated(terms[rank], elems)
     allreduce(x)
     if corrupt == "bit" and rank == nranks - 1:
         x.view(torch.int32)[elems // 2] ^= 1
     if corrupt == "value":
         x[elems // 2] += 1
 
+    wrong, error_of_rank = _judge(x, _differing(x), *_sums(terms, precision))
+    total = torch.tensor([wrong], dtype=torch.int64)
+    error = torch.tensor([error_of_rank], dtype=torch.float64)
+    dist.all_reduce(total)
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    return Verdict(int(total), float(error))
+
+
+def verify_local(
+    allreduce: Callable[[list[Tensor]], object], nranks: int, elems: int, precision: Precision, spoil: bool = False
+) -> Verdict:
+    """verify() where all ranks live in this process: `allreduce` takes a tensor of each, in rank order.
+
+    Args:
+        spoil: a check of the check: adds 1 to one element of the last rank after the call.
+    """
+    terms = [_inputs(precision, r, min(elems, PERIOD)) for r in range(nranks)]
+    xs = [_repeated(term, elems) for term in terms]
+    allreduce(xs)
+    if spoil:
+        xs[-1][elems // 2] += 1
     exact, bound = _sums(terms, precision)
-    other = _differing(x)
+    first = xs[0].view(torch.int32)
+    judged = [_judge(x, first != x.view(torch.int32), exact, bound) for x in xs]
+    return Verdict(sum(wrong for wrong, _ in judged), max(error for _, error in judged))
+
+
+def _repeated(term: Tensor, elems: int) -> Tensor:
+    x = torch.empty(elems)
+    for part in parts_of(x):
+        part.copy_(term[: len(part)])
+    return x
+
+
+def _judge(x: Tensor, other: Tensor, exact: Tensor, bound: Tensor) -> tuple[int, float]:
+    """How many elements of one rank are wrong, and its relative L2 error. other: which differ from rank 0's."""
     wrong = 0
     error_squares = exact_squares = 0.0
     for part, differs in zip(parts_of(x), parts_of(other), strict=True):
@@ -100,11 +153,7 @@ def verify(
         wrong += int((~within | differs).sum())
         error_squares += float(difference.square_().sum())
         exact_squares += float(sums.square().sum())
-    total = torch.tensor([wrong], dtype=torch.int64)
-    error = torch.tensor([(error_squares / exact_squares) ** 0.5 if exact_squares else 0.0], dtype=torch.float64)
-    dist.all_reduce(total)
-    dist.all_reduce(error, dist.ReduceOp.MAX)
-    return Verdict(int(total), float(error))
+    return wrong, (error_squares / exact_squares) ** 0.5 if exact_squares else 0.0
 
 
 def _inputs(precision: Precision, rank: int, elems: int) -> Tensor:

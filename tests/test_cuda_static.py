@@ -194,7 +194,7 @@ FAULTS = {
     "spills": Fault(
         "cuda/p2p_kernels.cuh", "__launch_bounds__(kThreadsOf<Codec>, 1)", "__launch_bounds__(512, 4)", "stack"
     ),
-    "lanes": Fault("cuda/p2p_call.h", "kCtaThreads = 512;", "kCtaThreads = 1024;", "lanes"),
+    "lanes": Fault("gpu/launch.h", "kCtaThreads = 512;", "kCtaThreads = 1024;", "lanes"),
     "narrow": Fault("core/portable.h", "struct alignas(16) Vec", "struct Vec", "narrow ld", "narrow st"),
     "narrow-slots": Fault(
         "cuda/lanes.cuh", "store(to, v);", "for (int k = 0; k < kVec; ++k) to[k] = element(v, k);", "narrow st"
