@@ -51,7 +51,8 @@ def init_local(
         return [Communicator._from_native(None, 0, 1, options[0])]
     engine_name = options[0].serving
     if engine_name in opt.NETWORK_ENGINES:
-        raise UnsupportedError(f"init_local: engine={engine_name!r} joins processes. Use engine='shm', or 'auto'.")
+        other = "p2p" if engine_name in opt.GPU_ENGINES else "shm"
+        raise UnsupportedError(f"init_local: engine={engine_name!r} joins processes. Use engine={other!r}, or 'auto'.")
     if nranks > _native.MAX_RANKS:
         most = _native.MAX_RANKS
         raise UnsupportedError(f"init_local: {engine_name} engine supports at most {most} ranks, got {nranks}")

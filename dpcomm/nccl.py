@@ -7,10 +7,11 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from dpcomm import _native, nccl_library
-from dpcomm.errors import CommTimeoutError, PeerLostError, UnsupportedError, VersionError
+from dpcomm.errors import ArgumentError, CommTimeoutError, PeerLostError, UnsupportedError, VersionError
 from dpcomm.mesh import MeshBuilder
 from dpcomm.options import Options
 from dpcomm.rendezvous import Rendezvous
@@ -45,13 +46,15 @@ class NcclBuilder(MeshBuilder):
 
     Raises:
         VersionError: There is no NCCL that can be used.
-        ArgumentError, SystemResourceError: See `MeshBuilder`.
+        ArgumentError: There is no such GPU; or see `MeshBuilder`.
+        SystemResourceError: See `MeshBuilder`.
     """
 
     def __init__(self, meeting: Rendezvous, options: Options) -> None:
         self._library = nccl_library.find()
         super().__init__(meeting)
         self._options = options
+        self._own = self._own_facts()
         self._facts: list[Facts] = []
 
     def bind(self, secret: bytes, timeout_s: float) -> None:
@@ -63,7 +66,7 @@ class NcclBuilder(MeshBuilder):
         """
         super().bind(secret, timeout_s)
         try:
-            self._facts = self._exchange(self._own_facts(), timeout_s)
+            self._facts = self._exchange(self._own, timeout_s)
         except BaseException:
             self._close_sockets()  # the others would wait for what this rank has to say
             raise
@@ -92,6 +95,8 @@ class NcclBuilder(MeshBuilder):
     def _own_facts(self) -> Facts:
         version = tuple(int(part) for part in self._library.version.split("."))
         gpus = {gpu["ordinal"]: str(gpu["uuid"]) for gpu in _native.cuda_devices()}
+        if self._options.device not in gpus:
+            raise ArgumentError(f"there is no GPU {self._options.device}: this process sees {len(gpus)}.")
         return Facts(
             version=self._library.version,
             path=self._library.path,
@@ -105,13 +110,13 @@ class NcclBuilder(MeshBuilder):
         deadline = time.monotonic() + timeout_s
         record = RECORD.pack(*(field.encode() if isinstance(field, str) else field for field in own))
         facts = [own] * len(self._sockets)
-        for pair in self._sockets:
+        for rank, pair in enumerate(self._sockets):
             if pair is not None:
-                with _borrowed(pair[1]) as peer:
+                with _borrowed(pair[1], rank) as peer:
                     peer.sendall(record)  # the first bytes: there is room for them
         for rank, pair in enumerate(self._sockets):
             if pair is not None:
-                with _borrowed(pair[1]) as peer:
+                with _borrowed(pair[1], rank) as peer:
                     facts[rank] = _unpacked(self._receive(peer, rank, deadline))
         return facts
 
@@ -126,7 +131,7 @@ class NcclBuilder(MeshBuilder):
                     f"rank {self._meeting.rank}: rank {rank} has not said which NCCL it has", waiting_for=(rank,)
                 ) from None
             if not piece:
-                raise PeerLostError(f"rank {rank} ended while the ranks compared their NCCL", rank=rank)
+                raise _lost(rank)
             record += piece
         return record
 
@@ -159,9 +164,18 @@ class NcclBuilder(MeshBuilder):
                 os.close(descriptor)
 
 
-def _borrowed(descriptor: int) -> socket.socket:
-    """A socket object over a copy of the descriptor: closing it leaves the connection alone."""
-    return socket.socket(fileno=os.dup(descriptor))
+@contextlib.contextmanager
+def _borrowed(descriptor: int, rank: int) -> Iterator[socket.socket]:
+    """A socket object over a copy of the descriptor to a rank: closing it leaves the connection alone."""
+    with socket.socket(fileno=os.dup(descriptor)) as peer:
+        try:
+            yield peer
+        except ConnectionError as error:  # what it had not read was sent for nothing
+            raise _lost(rank) from error
+
+
+def _lost(rank: int) -> PeerLostError:
+    return PeerLostError(f"rank {rank} ended while the ranks compared their NCCL", rank=rank)
 
 
 def _unpacked(record: bytes) -> Facts:

@@ -1,7 +1,7 @@
 """What can be known of the kernels of engine nccl without a GPU; test_cuda_static.py says what is meant.
 
-Steps wait for nobody, so they have neither flags nor barriers. Values move in accesses of 16 bytes, at as many places as
-the source has.
+Steps wait for nobody, so they have neither flags nor barriers. Values move in accesses of 16 bytes, at as many places
+as the source has.
 """
 
 from __future__ import annotations

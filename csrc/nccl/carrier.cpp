@@ -52,4 +52,11 @@ Arrival NcclCarrier::wait(int64_t ticket, double) {
   return {};
 }
 
+void NcclCarrier::join_all() {
+  if (!beside_) return;
+  const EventPool::Lent all = events_.take();
+  if (cudaEventRecord(all.get(), wire_.get()) == cudaSuccess) cudaStreamWaitEvent(steps_, all.get(), 0);
+  cudaGetLastError();
+}
+
 }  // namespace dpcomm

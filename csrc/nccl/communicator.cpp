@@ -31,16 +31,13 @@ void NcclCommunicator::LetGo::operator()(NcclCommunicator* comm) const {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   kept->push_back(comm);
-}
-
-NcclCommunicator::~NcclCommunicator() {
-  if (ender_.joinable()) ender_.join();  // it has done its work
+  comm->ender_.detach();
 }
 
 std::string NcclCommunicator::text(Result result, const char* what) const {
-  std::string words = std::string(what) + ": " + library_.api.GetErrorString(result);
-  if (const char* last = library_.api.GetLastError(nullptr); last && *last) words += std::string(" (") + last + ")";
-  return words;
+  const std::string kind = library_.api.GetErrorString(result);
+  const char* last = library_.api.GetLastError(nullptr);  // says most: first, for what peers are told is cut off
+  return std::string(what) + ": " + (last && *last ? std::string(last) + " (" + kind + ")" : kind);
 }
 
 void NcclCommunicator::took(Result result, const char* what) const {
@@ -66,7 +63,7 @@ void NcclCommunicator::group(const std::function<void(const nccl::Api&, nccl::Co
   Result result;
   {
     const std::lock_guard lock(mutex_);
-    if (aborting_) throw Broken("aborted");
+    if (aborting_ || unsettled_) throw Broken("aborted");
     took(library_.api.GroupStart(), "ncclGroupStart");
     try {
       body(library_.api, comm_);
@@ -94,7 +91,10 @@ void NcclCommunicator::settle(const char* what, const std::function<bool()>& sto
       std::this_thread::yield();
       continue;
     }
-    if (stopped()) throw Broken(std::string(what) + " was given up");
+    if (stopped()) {
+      unsettled_ = true;
+      throw Broken(std::string(what) + " was given up");
+    }
     std::this_thread::sleep_for(kLook);
   }
 }
@@ -113,8 +113,12 @@ void NcclCommunicator::abort() {
   ender_ = std::thread([this] {
     // A call that is on its way may itself wait for the GPU, which waits for this. Whoever has the lock later sees
     // that NCCL is not to be called any more, so it is not held while NCCL aborts, which may last for ever.
-    std::unique_lock lock(mutex_, std::chrono::duration<double>(kYieldS));
-    if (!lock && !comm_) lock.lock();  // the call that makes it: waits for no GPU
+    const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(kYieldS);
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    while (!lock && (!comm_ || std::chrono::steady_clock::now() < until)) {  // what makes it waits for no GPU
+      std::this_thread::sleep_for(kLook);
+      static_cast<void>(lock.try_lock());
+    }
     if (lock) lock.unlock();
     if (comm_) library_.api.CommAbort(comm_);
     abort_returned_ = true;
@@ -136,7 +140,9 @@ bool NcclCommunicator::close(double timeout_s) {
     });
   if (!comm_) abort_returned_ = true;
   while (!abort_returned_ && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(kLook);
-  return abort_returned_;
+  if (!abort_returned_) return false;
+  if (ender_.joinable()) ender_.join();  // it has done its work
+  return true;
 }
 
 }  // namespace dpcomm

@@ -52,13 +52,14 @@ class NcclCommunicator {
 
  private:
   explicit NcclCommunicator(const nccl::Library& library) : library_(library) {}
-  ~NcclCommunicator();
+  ~NcclCommunicator() = default;
   void settle(const char* what, const std::function<bool()>& stopped);
   std::string text(nccl::Result result, const char* what) const;
 
   const nccl::Library& library_;
   std::atomic<nccl::Comm> comm_{nullptr};
-  std::timed_mutex mutex_;  // held during each of NCCL's calls, but not while waiting between them
+  std::mutex mutex_;        // held during each of NCCL's calls, but not while waiting between them
+  bool unsettled_ = false;  // a wait for NCCL was given up: until it is aborted only its errors may be asked for
   std::atomic<bool> aborting_{false}, abort_returned_{false};
   std::thread ender_;  // runs ncclCommAbort, or what close() calls
 };

@@ -20,8 +20,8 @@ constexpr double kDrainS = 5;  // a call in flight at close
 constexpr double kCloseS = 2;  // NCCL's own farewell
 constexpr int kGroupsOfCta = kCtaThreads / 32;
 
-int64_t slot_bytes_for(int rank, int nranks, const NcclWish& wish) {
-  const int64_t fits = Scratch::slot_bytes_for(rank, nranks, kCarriedSlots, wish.scratch_bytes);
+int64_t slot_bytes_for(int nranks, const NcclWish& wish) {
+  const int64_t fits = Scratch::slot_bytes_for(nranks, kCarriedSlots, wish.scratch_bytes);
   if (fits < kLeastSlotBytes)
     throw Error(Code::argument, "an arena of " + std::to_string(wish.scratch_bytes) + " bytes is too small for " +
                                     std::to_string(nranks) + " ranks. Raise DPCOMM_ARENA_MB.");
@@ -32,7 +32,14 @@ int64_t slot_bytes_for(int rank, int nranks, const NcclWish& wish) {
 void require_usable(int device) {
   if (const std::string reason = cuda_unusable_reason(); !reason.empty())
     throw Error(Code::argument, "CUDA not available: " + reason + ".");
-  threads_of(end_kernel(), device);  // Error(version) where the kernels were built for other GPUs
+  // All kernels are loaded now: loading one may wait for the device, where a call may already wait for a peer.
+  // Error(version) where they were built for other GPUs.
+  for (const void* kernel : {begin_kernel(), end_kernel()}) threads_of(kernel, device);
+  for (const Dtype dtype :
+       {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64})
+    for (const CodecKind codec : {CodecKind::none, CodecKind::fp16})
+      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring})
+        if (const void* kernel = step_kernel(dtype, codec, algorithm)) threads_of(kernel, device);
 }
 
 nccl::DataType nccl_type(Dtype dtype) {
@@ -99,11 +106,10 @@ NcclEngine::NcclEngine(Place p)
       peers_(std::move(p.peers)),
       stream_(p.device),
       events_(kFirstEvents),
-      memory_(
-          std::make_shared<NcclMemory>(p.rank, int(peers_.size()), slot_bytes_for(p.rank, int(peers_.size()), p.wish))),
+      memory_(std::make_shared<NcclMemory>(p.rank, int(peers_.size()), slot_bytes_for(int(peers_.size()), p.wish))),
       most_ctas_(p.wish.max_ctas > 0 ? p.wish.max_ctas : attribute(cudaDevAttrMultiProcessorCount, p.device)),
       comm_(NcclCommunicator::make(p.library)) {
-  const int64_t slot_bytes = slot_bytes_for(p.rank, int(peers_.size()), p.wish);
+  const int64_t slot_bytes = slot_bytes_for(int(peers_.size()), p.wish);
   team_ = {p.rank, int(peers_.size()), memory_->scratch.box(), nullptr, kCarriedSlots, slot_bytes, slot_bytes, true};
   std::vector<UniqueFd> headers;
   for (PeerSockets& s : p.sockets) headers.push_back(std::move(s.headers));
@@ -192,6 +198,10 @@ std::shared_ptr<Pending> NcclEngine::put(const Call& call, cudaStream_t stream) 
     launch(begin_kernel(), 1, &begin);
     return Algorithm(flight.header.algorithm) == Algorithm::carrier ? add_by_nccl(flight) : move(flight);
   });
+  if (moving) {  // what NCCL's own threads had still to put on a stream comes before the end, too, or not at all
+    for (const auto until = after(kCloseS); !comm_->abort_has_returned() && Clock::now() < until;) nap();
+    carrier_->join_all();
+  }
   const std::exception_ptr ending = attempt(call, [&] {
     EndLaunch end{memory_->state, flight.header.sequence, memory_->nonfinite_groups.data(), call.dtype, flight.table};
     launch(end_kernel(), 1, &end);

@@ -103,7 +103,7 @@ class NcclEngine final : public Engine {
 
   // failures.cpp
   void tick();
-  void look_for_time_out();
+  void look_for_absent();
   void look_at_nccl();
   void fail_on_device();
   void note_broken(const std::string& text);

@@ -27,7 +27,7 @@ uint64_t NcclEngine::others() const { return ((uint64_t{1} << (nranks() - 1) << 
 void NcclEngine::tick() {
   if (failed()) return fail_on_device();
   look_at_nccl();
-  look_for_time_out();
+  look_for_absent();
 }
 
 void NcclEngine::look_at_nccl() {
@@ -39,17 +39,18 @@ void NcclEngine::look_at_nccl() {
 }
 
 // A call's time counts from when the GPU has come to it, whatever its stream had to do before.
-void NcclEngine::look_for_time_out() {
+void NcclEngine::look_for_absent() {
   const uint64_t ended = load_acquire(&memory_->state->ended), begun = load_acquire(&memory_->state->begun);
   if (begun == ended || begun != seen_begun_ || ended != seen_ended_) {
     seen_begun_ = begun, seen_ended_ = ended, moved_at_ = Clock::now();
     return;
   }
+  const uint64_t call = ledger_->agreed() + 1, absent = sequence_ >= call ? ledger_->missing(call) & others() : 0;
+  for (int r = 0; r < nranks(); ++r)  // who left after fewer calls will not come; what it did announce has been heard
+    if (const uint64_t left = load_acquire(&plane_->page().closed[r]); (absent >> r & 1) && left != 0 && left <= call)
+      return plane_->propose({Cause::peer_closed, uint8_t(r), 0, Field::none, uint32_t(call)}, uint64_t{1} << r);
   if (Clock::now() - moved_at_ < std::chrono::duration<double>(timeout_s_)) return;
-  const uint64_t absent = ledger_->missing(ledger_->agreed() + 1) & others();
-  const bool waits_for_them = sequence_ > ledger_->agreed() && absent != 0;
-  plane_->propose({Cause::timeout, uint8_t(rank()), 0, Field::none, uint32_t(ledger_->agreed() + 1)},
-                  waits_for_them ? absent : others());
+  plane_->propose({Cause::timeout, uint8_t(rank()), 0, Field::none, uint32_t(call)}, absent ? absent : others());
 }
 
 // The failure word first: what runs on after NCCL was stopped finds it, and fills the bucket with NaNs.

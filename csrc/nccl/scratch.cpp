@@ -1,5 +1,6 @@
 #include "scratch.h"
 
+#include <algorithm>
 #include <set>
 
 #include "../core/protocol.h"
@@ -60,8 +61,11 @@ Scratch::Scratch(const Plan& plan, int slots, int64_t slot_bytes)
       box_(boxes(reinterpret_cast<char*>((uintptr_t(memory_.data()) + kAlign - 1) / kAlign * kAlign), plan.first,
                  slots * slot_bytes)) {}
 
-int64_t Scratch::slot_bytes_for(int rank, int nranks, int slots, int64_t bytes) {
-  return bytes / (plan(rank, nranks).lanes * slots) / kAlign * kAlign;
+// Plans differ in their lanes; slots must not: ranks cut a bucket by them.
+int64_t Scratch::slot_bytes_for(int nranks, int slots, int64_t bytes) {
+  int64_t lanes = 0;
+  for (int r = 0; r < nranks; ++r) lanes = std::max(lanes, plan(r, nranks).lanes);
+  return bytes / (lanes * slots) / kAlign * kAlign;
 }
 
 }  // namespace dpcomm

@@ -18,8 +18,8 @@ class Scratch {
   Mailbox* const* box() const { return box_.data(); }  // in device memory
   int64_t bytes() const { return bytes_; }
 
-  // The largest slots for which that much is enough; 0: none.
-  static int64_t slot_bytes_for(int rank, int nranks, int slots, int64_t bytes);
+  // The largest slots for which that much is enough, on all ranks alike; 0: none.
+  static int64_t slot_bytes_for(int nranks, int slots, int64_t bytes);
 
  private:
   struct Plan {

@@ -49,6 +49,8 @@ struct Shape {
   double timeout_s = kLongS;
   int64_t slice_bytes = 4096;  // the smallest slots: many slices, and slots are used again
   int devices = 2;
+  double connect_s = kLongS;
+  int absent = -1;  // who does not connect
 };
 
 constexpr int kStreamsAtOnce = 2 * 8;  // eight ranks', which have two each; those of tests are destroyed
@@ -71,8 +73,9 @@ class Group {
       auto engine = NcclEngine::make(std::move(place));
       engines[size_t(r)] = engine.get();
       ranks[size_t(r)] = std::make_unique<Queue>(std::move(engine));
+      if (r == shape.absent) return;
       try {
-        engines[size_t(r)]->connect(id, shape.timeout_s, {});
+        engines[size_t(r)]->connect(id, shape.connect_s, {});
         engines[size_t(r)]->verify(shape.timeout_s, "abcd", {});
       } catch (const Error& error) {
         unjoined[size_t(r)] = std::make_unique<Error>(error);
@@ -128,6 +131,15 @@ inline bool usable(Group& group) {
     for (const auto& d : data) all = d->all(sum) && all;
   }
   return all;
+}
+
+inline bool failed(const Group& group, int r) {
+  try {
+    group.engine(r).check();
+  } catch (const Error&) {
+    return true;
+  }
+  return false;
 }
 
 // Captures what `work` puts into the stream.

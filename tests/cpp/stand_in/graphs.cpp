@@ -1,5 +1,7 @@
 // Stream capture and graphs. A graph is a list of operations, each with those it comes after; as in CUDA, events carry
 // a capture from stream to stream and everything must come back to the stream where it began.
+#include <utility>
+
 #include "state.h"
 
 struct CUgraph_st {
