@@ -17,23 +17,13 @@ namespace dpcomm {
 
 namespace {
 
-std::vector<const void*> all_kernels() {
-  std::vector<const void*> kernels;
-  for (const Dtype dtype :
-       {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64})
-    for (const CodecKind codec : {CodecKind::none, CodecKind::fp16})
-      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring})
-        if (const void* kernel = p2p_kernel(dtype, codec, algorithm)) kernels.push_back(kernel);
-  return kernels;
-}
-
 // CTAs of any of our kernels that run at once on the device.
 int capacity(int device) {
   const CurrentDevice current(device);
   if (!attribute(cudaDevAttrCooperativeLaunch, device))
     throw Error(Code::unsupported, "GPU " + std::to_string(device) + " has no cooperative launch.");
   int least = INT32_MAX;
-  for (const void* kernel : all_kernels()) {
+  for (const void* kernel : kernels_of(p2p_kernel)) {
     const int threads = threads_of(kernel, device);
     int per_sm = 0;
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0),

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../core/types.h"
 #include "../error.h"
 
 namespace dpcomm {
@@ -25,6 +26,8 @@ inline void check_cuda(cudaError_t status, const char* what) {
 bool is_capturing(cudaStream_t stream);
 int attribute(cudaDeviceAttr name, int device);
 int threads_of(const void* kernel, int device);  // of a CTA, at most. Error(version): built for other GPUs
+// Those that `find` has for a dtype, codec and algorithm of the core.
+std::vector<const void*> kernels_of(const void* (*find)(Dtype, CodecKind, Algorithm));
 
 // Elements of plain data in the memory of the current device, zero at first.
 template <class T>

@@ -60,6 +60,16 @@ int threads_of(const void* kernel, int device) {
   return is.maxThreadsPerBlock;
 }
 
+std::vector<const void*> kernels_of(const void* (*find)(Dtype, CodecKind, Algorithm)) {
+  std::vector<const void*> kernels;
+  for (const Dtype dtype :
+       {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64})
+    for (const CodecKind codec : {CodecKind::none, CodecKind::fp16})
+      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring})
+        if (const void* kernel = find(dtype, codec, algorithm)) kernels.push_back(kernel);
+  return kernels;
+}
+
 std::vector<DeviceInfo> cuda_devices() {
   std::vector<DeviceInfo> all;
   int devices = 0;

@@ -35,11 +35,7 @@ void require_usable(int device) {
   // All kernels are loaded now: loading one may wait for the device, where a call may already wait for a peer.
   // Error(version) where they were built for other GPUs.
   for (const void* kernel : {begin_kernel(), end_kernel()}) threads_of(kernel, device);
-  for (const Dtype dtype :
-       {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64})
-    for (const CodecKind codec : {CodecKind::none, CodecKind::fp16})
-      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring})
-        if (const void* kernel = step_kernel(dtype, codec, algorithm)) threads_of(kernel, device);
+  for (const void* kernel : kernels_of(step_kernel)) threads_of(kernel, device);
 }
 
 nccl::DataType nccl_type(Dtype dtype) {
@@ -86,8 +82,8 @@ void park(const std::shared_ptr<NcclMemory>& memory) {
 
 }  // namespace
 
-NcclMemory::NcclMemory(int rank, int nranks, int64_t slot_bytes)
-    : scratch(rank, nranks, kCarriedSlots, slot_bytes), nonfinite_groups(1) {
+NcclMemory::NcclMemory(int rank, int nranks, const NcclWish& wish)
+    : slot_bytes(slot_bytes_for(nranks, wish)), scratch(rank, nranks, kCarriedSlots, slot_bytes), nonfinite_groups(1) {
   void* p = nullptr;
   check_cuda(cudaHostAlloc(&p, sizeof(CallState), cudaHostAllocPortable), "cudaHostAlloc");
   state = new (p) CallState{};
@@ -106,10 +102,10 @@ NcclEngine::NcclEngine(Place p)
       peers_(std::move(p.peers)),
       stream_(p.device),
       events_(kFirstEvents),
-      memory_(std::make_shared<NcclMemory>(p.rank, int(peers_.size()), slot_bytes_for(int(peers_.size()), p.wish))),
+      memory_(std::make_shared<NcclMemory>(p.rank, int(peers_.size()), p.wish)),
       most_ctas_(p.wish.max_ctas > 0 ? p.wish.max_ctas : attribute(cudaDevAttrMultiProcessorCount, p.device)),
       comm_(NcclCommunicator::make(p.library)) {
-  const int64_t slot_bytes = slot_bytes_for(int(peers_.size()), p.wish);
+  const int64_t slot_bytes = memory_->slot_bytes;
   team_ = {p.rank, int(peers_.size()), memory_->scratch.box(), nullptr, kCarriedSlots, slot_bytes, slot_bytes, true};
   std::vector<UniqueFd> headers;
   for (PeerSockets& s : p.sockets) headers.push_back(std::move(s.headers));
@@ -137,8 +133,7 @@ void NcclEngine::connect(const nccl::UniqueId& id, double timeout_s, const std::
   }
 }
 
-// Over every path: pairs of ranks, and NCCL's own all-reduce. NCCL connects at the first message, and kernels are
-// loaded at the first launch.
+// Over every path: pairs of ranks, and NCCL's own all-reduce. NCCL connects at the first message.
 void NcclEngine::verify(double timeout_s, const std::string& name, const std::function<bool()>& interrupted) {
   timeout_s_ = timeout_s;
   const CurrentDevice current(device_);

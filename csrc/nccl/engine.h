@@ -1,8 +1,8 @@
 // Engine nccl: GPUs of any hosts. NCCL moves what our kernels have encoded; sockets of our own agree on each call
 // beside it, tell of failures, and so no wait is without an end.
 //
-//   caller's stream   --- ready --\                                                     /--- join: waits for `ended`
-//   --- engine's stream                begin, steps, NCCL, steps, NCCL, steps, end, `ended`
+//   caller's stream   --- ready --\                                           /-- join: waits for `ended`
+//   engine's stream                begin, steps, NCCL, steps, NCCL, steps, end
 //
 // `begin` and `end` are kernels too: the host learns from them how far the GPU is, and `end` lets nobody go on before
 // all ranks have announced the same call, nor after a failure without NaNs in the bucket.
@@ -34,10 +34,11 @@ struct NcclWish {
 
 // What the GPU works in. It outlives the engine where something is still to come on the GPU.
 struct NcclMemory {
-  NcclMemory(int rank, int nranks, int64_t slot_bytes);
+  NcclMemory(int rank, int nranks, const NcclWish& wish);
   ~NcclMemory();
   NcclMemory(const NcclMemory&) = delete;
 
+  const int64_t slot_bytes;
   SegmentTables tables;
   Scratch scratch;
   DeviceArray<uint64_t> nonfinite_groups;

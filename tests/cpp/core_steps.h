@@ -1,6 +1,7 @@
 // Sequences of calls on racing ranks, compared bit for bit with core_reference.h. No two ranks meet between calls: what
 // one call left in slots, flags and headers is what the next one finds.
 #pragma once
+#include <algorithm>
 #include <cstdio>
 #include <random>
 
@@ -161,6 +162,34 @@ class Step {
   std::vector<int64_t> offsets_;
   std::vector<std::vector<Segment>> table_;  // [rank]
 };
+
+struct Kind {
+  CodecKind codec;
+  Dtype dtype;
+};
+
+// Every layout with every kind and algorithm, shuffled so that everything follows everything. every: only each
+// every-th.
+inline std::vector<Step> shuffled(const std::vector<Layout>& layouts, const std::vector<Kind>& kinds, int ranks,
+                                  int every, uint32_t seed) {
+  std::vector<Step> all;
+  uint32_t i = seed;
+  for (const Layout& layout : layouts)
+    for (const Kind& kind : kinds)
+      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring}) {
+        if (++i % uint32_t(every) != 0) continue;
+        Op op = Op(i / uint32_t(every) % (kind.codec == CodecKind::fp16 ? 2 : 4));
+        const bool whole = kind.dtype == Dtype::int32 || kind.dtype == Dtype::int64;
+        if (whole && op == Op::mean) op = Op::sum;
+        all.emplace_back(algorithm, kind.codec, kind.dtype, op, layout, i % 3 == 0, ranks, i);
+      }
+  std::vector<size_t> order(all.size());
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  std::vector<Step> shuffled;
+  for (const size_t k : order) shuffled.push_back(std::move(all[k]));
+  return shuffled;
+}
 
 template <class Lanes>
 bool play(Lanes& lanes, const Team& team, const std::vector<Coding<Lanes>>& codings, const Step& step,

@@ -142,17 +142,4 @@ inline bool failed(const Group& group, int r) {
   return false;
 }
 
-// Captures what `work` puts into the stream.
-inline cudaGraphExec_t captured(const StreamOf& stream, const std::function<void()>& work) {
-  const CurrentDevice current(stream.device);
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  work();
-  OK(cudaStreamEndCapture(stream, &graph));
-  OK(cudaGraphInstantiate(&exec, graph, 0));
-  OK(cudaGraphDestroy(graph));
-  return exec;
-}
-
 }  // namespace nccl_ranks

@@ -131,6 +131,19 @@ struct Gate {
   };
 };
 
+// Captures what `work` puts into the stream.
+inline cudaGraphExec_t captured(const StreamOf& stream, const std::function<void()>& work) {
+  const CurrentDevice current(stream.device);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  work();
+  OK(cudaStreamEndCapture(stream, &graph));
+  OK(cudaGraphInstantiate(&exec, graph, 0));
+  OK(cudaGraphDestroy(graph));
+  return exec;
+}
+
 inline Call call_of(Step& step, int rank) {
   const Bucket bucket = step.bucket(rank);
   Call call;

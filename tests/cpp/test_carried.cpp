@@ -30,31 +30,11 @@ const std::vector<Layout> kLayouts = {{0},
                                       {3000, 1, 2999},
                                       {4096, 2560, 255, 8192, 257, 12288}};
 
-struct Coding {
-  CodecKind codec;
-  Dtype dtype;
-};
-constexpr Coding kCodings[] = {
+const std::vector<steps::Kind> kCodings = {
     {CodecKind::none, Dtype::float32}, {CodecKind::none, Dtype::int32}, {CodecKind::fp16, Dtype::float32}};
 
-// Every layout with every coding and algorithm, shuffled so that everything follows everything.
 std::vector<Round> script(int ranks, int every, uint32_t seed) {
-  std::vector<Round> rounds;
-  uint32_t i = seed;
-  for (const Layout& layout : kLayouts)
-    for (const Coding& c : kCodings)
-      for (const Algorithm algorithm : kAlgorithms) {
-        if (++i % uint32_t(every) != 0) continue;
-        Op op = Op(i / uint32_t(every) % (c.codec == CodecKind::fp16 ? 2 : 4));
-        if (c.dtype == Dtype::int32 && op == Op::mean) op = Op::sum;
-        rounds.emplace_back(algorithm, c.codec, c.dtype, op, layout, i % 3 == 0, ranks, i);
-      }
-  std::vector<size_t> order(rounds.size());
-  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
-  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  std::vector<Round> shuffled;
-  for (const size_t k : order) shuffled.push_back(std::move(rounds[k]));
-  return shuffled;
+  return steps::shuffled(kLayouts, kCodings, ranks, every, seed);
 }
 
 Call call_of(Round& step, int rank, bool open) {

@@ -18,40 +18,20 @@ namespace {
 
 const std::vector<Layout> kLayouts = {
     {0}, {1}, {255}, {257}, {1021}, {7001}, {0, 5, 0, 300, 0}, {1, 1, 1}, {256, 0, 511, 64}, {3000, 1, 2999}};
-struct Coding {
-  CodecKind codec;
-  Dtype dtype;
-};
-const Coding kCodings[] = {{CodecKind::none, Dtype::float32},
-                           {CodecKind::fp16, Dtype::float32},
+const std::vector<steps::Kind> kCodings = {{CodecKind::none, Dtype::float32},
+                                           {CodecKind::fp16, Dtype::float32},
 #if !defined(STAND_IN_FEW)
-                           {CodecKind::none, Dtype::float64},
-                           {CodecKind::none, Dtype::float16},
-                           {CodecKind::none, Dtype::bfloat16},
-                           {CodecKind::none, Dtype::int64},
-                           {CodecKind::fp16, Dtype::float16},
-                           {CodecKind::fp16, Dtype::bfloat16}
+                                           {CodecKind::none, Dtype::float64},
+                                           {CodecKind::none, Dtype::float16},
+                                           {CodecKind::none, Dtype::bfloat16},
+                                           {CodecKind::none, Dtype::int64},
+                                           {CodecKind::fp16, Dtype::float16},
+                                           {CodecKind::fp16, Dtype::bfloat16}
 #endif
 };
 
-// Every layout with every coding and all algorithms, shuffled so that everything follows everything.
 std::vector<Step> script(int ranks, int every, uint32_t seed) {
-  std::vector<Step> steps;
-  uint32_t i = seed;
-  for (const Layout& layout : kLayouts)
-    for (const Coding& c : kCodings)
-      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring}) {
-        if (++i % uint32_t(every) != 0) continue;
-        Op op = Op(i / uint32_t(every) % (c.codec == CodecKind::fp16 ? 2 : 4));
-        if (c.dtype == Dtype::int64 && op == Op::mean) op = Op::sum;
-        steps.emplace_back(algorithm, c.codec, c.dtype, op, layout, i % 3 == 0, ranks, i);
-      }
-  std::vector<size_t> order(steps.size());
-  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
-  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  std::vector<Step> shuffled;
-  for (const size_t k : order) shuffled.push_back(std::move(steps[k]));
-  return shuffled;
+  return steps::shuffled(kLayouts, kCodings, ranks, every, seed);
 }
 
 // True if it holds the bits of the reference on every rank.
@@ -233,19 +213,6 @@ void test_the_default_stream_is_a_stream() {
 }
 
 // ---- graphs ------------------------------------------------------------------------------------------------------
-
-// Captures what `work` puts into the stream.
-cudaGraphExec_t captured(const StreamOf& stream, const std::function<void()>& work) {
-  const CurrentDevice current(stream.device);
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  work();
-  OK(cudaStreamEndCapture(stream, &graph));
-  OK(cudaGraphInstantiate(&exec, graph, 0));
-  OK(cudaGraphDestroy(graph));
-  return exec;
-}
 
 void test_a_graph_is_replayed_a_thousand_times_and_calls_go_on_between() {
   constexpr int kReplays = 1000;
