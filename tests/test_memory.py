@@ -113,7 +113,8 @@ def blocks_kept(shape: tuple[int, ...], calls: int, kept: list[object]) -> int:
     return grown
 
 
-@pytest.mark.parametrize(("shape", "calls"), [((1000,), 1000), ((100,) * 100, 100)], ids=["tensor", "list"])
+@pytest.mark.parametrize(("shape", "calls"), [((1000,), 1000), ((100,) * 100, 300)], ids=["tensor", "list"])
 def test_python_calls_keep_nothing(shape: tuple[int, ...], calls: int) -> None:
-    assert blocks_kept(shape, calls, []) < 50  # of the thread pool; a call that keeps one object shows as `calls`
-    assert blocks_kept(shape, calls, [None]) >= calls  # control
+    others = 50  # blocks that the thread pool and the collector take or give back meanwhile
+    assert blocks_kept(shape, calls, []) < others  # a call that keeps one object shows as `calls`
+    assert blocks_kept(shape, calls, [None]) > calls - others  # control
