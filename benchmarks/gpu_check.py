@@ -7,7 +7,6 @@ or built before that is known. What the environment refuses is printed apart and
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
 import os
@@ -21,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import gpu_steps
+from gpu_driver import Gpu, find_gpu
 from gpu_steps import FAILED, GOOD, NOT_RUN, OK, OUT_OF_TIME, REFUSED, ROOT, Budget, Done, Result, Share
 
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1  # of the JSON
 RANKS = (2, 4, 8)  # virtual ones, in the benchmark
+# Of the benchmark beside stock NCCL: 64 KiB, 2 MiB and 64 MiB, which take ten seconds on a slow processor.
+BESIDE_NCCL = ("-b", "64K", "-e", "64M", "-f", "32", "-n", "10", "-w", "2", "-c", "1")
+DESCRIBE_S = 60.0  # behind the budget
 # What a run under memcheck holds, which slows kernels down by a factor of ten and more.
 MEMCHECK_FILE, MEMCHECK_TESTS = "tests/gpu/test_gpu_bits.py", "test_a_few_bytes_of_everything"
 QUESTION = """
@@ -34,18 +37,6 @@ sys.path.append("benchmarks")
 from gpu_environment import describe_gpu_environment
 print("\\n" + json.dumps(describe_gpu_environment()))
 """
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The first device, as the driver names it; `reason` says why there is none."""
-
-    reason: str = ""
-    name: str = ""
-    driver: str = ""  # of the kernel module, "580.95.05"
-    driver_cuda: str = ""  # the newest CUDA that this driver serves, "13.0"
-    capability: str = ""  # "9.0"
-    count: int = 0
 
 
 class Check:
@@ -59,33 +50,6 @@ class Check:
 
     def call(self, command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> Done:
         return gpu_steps.call(command, seconds, self.log, env)
-
-
-def find_gpu() -> Gpu:
-    """Asks the driver's library: neither torch nor the extension need be there yet."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return Gpu(reason=str(error))
-    count, version, device = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
-    name = ctypes.create_string_buffer(128)
-    status = (
-        driver.cuInit(0)
-        or driver.cuDeviceGetCount(ctypes.byref(count))
-        or driver.cuDriverGetVersion(ctypes.byref(version))
-    )
-    if status or count.value == 0:
-        return Gpu(reason=f"the CUDA driver answers error {status}" if status else "the CUDA driver finds no device")
-    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
-        return Gpu(reason="the CUDA driver does not name its first device")
-    major, minor = ctypes.c_int(0), ctypes.c_int(0)
-    driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-    driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-    module = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(?:\.\d+)?", module.read_text()) if module.exists() else None
-    cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    capability = f"{major.value}.{minor.value}"
-    return Gpu("", name.value.decode(), found.group() if found else "", cuda, capability, count.value)
 
 
 # --- steps: each takes at most `seconds` -----------------------------------------------------------------------------
@@ -152,6 +116,16 @@ def allreduce(check: Check, seconds: float) -> Result:
     return Result(bad[0][1].outcome if bad else OK, remark, data={name: one.data for name, one in done.items()})
 
 
+def beside_nccl(check: Check, seconds: float) -> Result:
+    """dpcomm beside stock NCCL: a process for each GPU; for one alone, virtual ranks of one process."""
+    count = check.gpu.count
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    virtual = [] if count > 1 else ["--virtual-ranks", "2"]
+    result = benchmark(check, [*torchrun, "benchmarks/nccl.py", *BESIDE_NCCL, *virtual], seconds)
+    ranks = f"{count} processes" if count > 1 else "one GPU, virtual ranks: nothing crosses a link"
+    return Result(result.outcome, f"{ranks}; {result.remark}".rstrip("; "), data=result.data)
+
+
 def benchmark(check: Check, arguments: Sequence[str], seconds: float) -> Result:
     """Runs a benchmark that writes a JSON; what it has written counts even where it ran out of time."""
     with tempfile.TemporaryDirectory() as folder:
@@ -209,6 +183,7 @@ class Step:
 STEPS = {
     "probe": Step(probe, Share(0.15, 0.0)),
     "build": Step(build, Share(0.55, 0.0)),
+    "nccl": Step(beside_nccl, Share(0.15, 0.06), ("build",)),  # the newest question: before tests
     "tests": Step(tests, Share(0.60, 0.25), ("build",)),
     "kernels": Step(kernels, Share(0.15, 0.06), ("build",)),
     "allreduce": Step(allreduce, Share(0.20, 0.10), ("build",)),
@@ -251,7 +226,7 @@ def describe(check: Check) -> dict[str, Any]:
     gpu = check.gpu
     facts = {"gpu": gpu.name, "gpus": gpu.count, "capability": gpu.capability}
     facts |= {"driver": gpu.driver, "driver_cuda": gpu.driver_cuda}
-    done = check.call([sys.executable, "-c", QUESTION], 60.0)
+    done = check.call([sys.executable, "-c", QUESTION], DESCRIBE_S)
     try:
         return {**json.loads(done.output.strip().splitlines()[-1]), **facts}
     except (IndexError, ValueError):

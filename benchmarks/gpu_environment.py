@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from environment import describe_environment
-from gpu_check import find_gpu
+from gpu_driver import find_gpu
 
 from dpcomm import _native
 

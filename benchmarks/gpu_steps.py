@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -70,7 +71,7 @@ class Budget:
 
 
 def call(command: Sequence[str], deadline_s: float, log: Path, env: Mapping[str, str] | None = None) -> Done:
-    """Runs a command in the repository with its output appended to the log; ends it, and its group, at the deadline."""
+    """Runs a command in the repository, its output appended to the log; ends it, and its children, at the deadline."""
     began = time.monotonic()
     with log.open("ab") as out:
         start = out.tell()
@@ -98,9 +99,26 @@ def _wait(process: subprocess.Popen[bytes], deadline_s: float) -> int | None:
     try:
         process.wait(INTERRUPT_GRACE_S)
     except subprocess.TimeoutExpired:
+        strangers = _descendants(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
+        for pid in strangers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
     return None
+
+
+def _descendants(pid: int) -> list[int]:
+    """Of a process; also those with a group of their own, as torchrun gives its workers."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])  # behind the name, which may hold anything
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:  # grows on the way
+        found += children.get(one, [])
+    return found[1:]
 
 
 def tail(text: str, characters: int = 3000) -> str:

@@ -21,6 +21,7 @@ TESTS = ROOT / "tests"
 # What others stand on comes first, what takes long last: time may run out.
 ORDER = (
     "test_gpu_bits",
+    "test_gpu_nccl",
     "test_gpu_order",
     "test_gpu_processes",
     "test_gpu_faults",

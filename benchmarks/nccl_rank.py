@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from nccl_contestants import Entrant, Field, assemble
 from nccl_plan import (
     CONTESTS,
     DTYPES,
+    Contest,
     Row,
     Subject,
     Timing,
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name, why in field.absent.items():
             print(f"# absent: {name}: {why}")
         print(header(remarks, environment, ranks), flush=True)
+    settings = settings_of(contest, arguments, ranks, field)
     turns = turns_for(arguments.iterations, arguments.warmup)
     planned = len(arguments.sizes) * len(field.entrants) * (turns.warm + turns.timed)
     with tqdm(total=planned, unit="turn", leave=False, disable=None if first else True) as bar:
@@ -62,19 +65,25 @@ def run(arguments: argparse.Namespace) -> int:
             for row in new if first else []:
                 bar.write(line(row), file=sys.stdout)
             sys.stdout.flush()
+            if first and arguments.json is not None:  # after each size: little is lost where time runs out
+                save(arguments.json, document(settings, environment, remarks, field.absent, rows))
     if first:
-        settings = {
-            "rehearsal": contest.marked,
-            "ranks": ranks,
-            "virtual_ranks": arguments.virtual_ranks if ranks == 1 else None,
-            "settings": {
-                key: getattr(arguments, key) for key in ("sizes", "iterations", "warmup", "check", "dtype", "device")
-            },
-            "communicators": field.facts,
-        }
-        write(arguments, document(settings, environment, remarks, field.absent, rows), rows)
+        finish(arguments, rows, ranks, remarks)
     end(field)
     return sum(row.wrong or 0 for row in rows)
+
+
+def settings_of(contest: Contest, arguments: argparse.Namespace, ranks: int, field: Field) -> dict[str, Any]:
+    """What the JSON says of the run, besides its rows."""
+    return {
+        "rehearsal": contest.marked,
+        "ranks": ranks,
+        "virtual_ranks": arguments.virtual_ranks if ranks == 1 else None,
+        "settings": {
+            key: getattr(arguments, key) for key in ("sizes", "iterations", "warmup", "check", "dtype", "device")
+        },
+        "communicators": field.facts,
+    }
 
 
 def join(kind: str) -> torch.device:
@@ -187,11 +196,14 @@ def largest(values: list[float]) -> list[float]:
     return maxima
 
 
-def write(arguments: argparse.Namespace, content: dict[str, Any], rows: list[Row]) -> None:
-    """The files that --json and --plot ask for."""
+def save(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def finish(arguments: argparse.Namespace, rows: list[Row], ranks: int, remarks: list[str]) -> None:
+    """Draws what --plot asks for, and says what was written."""
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
         print(f"wrote {arguments.json}")
     if arguments.plot is not None:
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +211,6 @@ def write(arguments: argparse.Namespace, content: dict[str, Any], rows: list[Row
         for row in rows:
             if row.time_us is not None:
                 curves.setdefault(row.contestant, {})[row.size_bytes] = row.time_us
-        title = "; ".join([f"All-reduce, {content['ranks']} rank(s), {arguments.dtype}", *content["remarks"]])
+        title = "; ".join([f"All-reduce, {ranks} rank(s), {arguments.dtype}", *remarks])
         draw_curves(curves, title, "us, median of the slowest rank", arguments.plot)
         print(f"wrote {arguments.plot}")

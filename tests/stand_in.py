@@ -53,7 +53,13 @@ def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(os.environ["STAND_IN_NATIVE"])
     library.stand_in_adopt.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.stand_in_forget.argtypes = [ctypes.c_void_p]
+    library.stand_in_break.argtypes = [ctypes.c_int]
     return library
+
+
+def break_context(status: int) -> None:
+    """Every call that could touch a GPU fails with this cudaError_t from now on; 0: all is as before."""
+    _runtime().stand_in_break(status)
 
 
 def _forget(x: NDArray[Any]) -> None:

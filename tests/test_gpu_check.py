@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,9 +22,11 @@ sys.path.append(str(SCRIPT.parent))
 import gpu_check  # noqa: E402
 import gpu_probe  # noqa: E402
 import gpu_steps  # noqa: E402
+import nccl_plan  # noqa: E402
+from gpu_driver import Gpu  # noqa: E402
 from gpu_steps import FAILED, NOT_RUN, OK, OUT_OF_TIME, REFUSED, Budget, Done, Result, Share  # noqa: E402
 
-GPU = gpu_check.Gpu(name="Made Up 1000", driver="1.2.3", driver_cuda="13.0", capability="9.0", count=1)
+GPU = Gpu(name="Made Up 1000", driver="1.2.3", driver_cuda="13.0", capability="9.0", count=1)
 
 
 class Clock:
@@ -36,8 +39,8 @@ class Clock:
         return self.now
 
 
-def make_check(tmp_path: Path, budget_s: float = 480.0) -> gpu_check.Check:
-    return gpu_check.Check(GPU, tmp_path / "out", tmp_path / "log", budget_s)
+def make_check(tmp_path: Path, budget_s: float = 480.0, gpu: Gpu = GPU) -> gpu_check.Check:
+    return gpu_check.Check(gpu, tmp_path / "out", tmp_path / "log", budget_s)
 
 
 def step(outcome: str, share: Share | None = None, needs: tuple[str, ...] = ()) -> gpu_check.Step:
@@ -110,6 +113,12 @@ def test_shares_promise_no_more_than_there_is() -> None:
     assert all(0 < one.share.least <= one.share.most or one.share.least == 0 for one in gpu_check.STEPS.values())
 
 
+def test_the_whole_check_ends_within_nine_and_a_half_minutes() -> None:
+    """Machines are lent for ten. A command that does not end when it is told to takes its grace as well."""
+    behind = gpu_steps.INTERRUPT_GRACE_S + gpu_check.DESCRIBE_S + gpu_steps.INTERRUPT_GRACE_S
+    assert gpu_check.parse([]).budget_s + behind < 570
+
+
 def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); {child}"
@@ -119,6 +128,32 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
     assert done.status is None
     assert done.outcome == OUT_OF_TIME
     assert done.output.startswith("begun\n")
+
+
+def test_children_with_a_session_of_their_own_are_ended_too(tmp_path: Path) -> None:
+    """torchrun's workers have one, and torchrun waits for them longer than there is time."""
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True)"
+    child = f"{deaf}; time.sleep(60)"
+    start = (
+        f"import os, subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
+    )
+    done = gpu_steps.call([sys.executable, "-c", f"{start}; print(p.pid); {deaf}; p.wait()"], 3.0, tmp_path / "log")
+    assert done.outcome == OUT_OF_TIME
+    assert done.output.count("begun\n") == 2
+    pid = next(int(line) for line in done.output.splitlines() if line.isdecimal())
+    until = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < until, "the child is still there"
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie has ended: whoever takes over orphans may take its time."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def test_a_commands_output_and_status_are_kept(tmp_path: Path) -> None:
@@ -217,6 +252,45 @@ def test_a_benchmarks_figures_are_embedded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpus", "before", "behind", "remark"),
+    [
+        (1, [], ["--virtual-ranks", "2"], "one GPU, virtual ranks: nothing crosses a link"),
+        (4, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"], [], "4 processes"),
+    ],
+    ids=["one-gpu", "four-gpus"],
+)
+def test_stock_nccl_is_compared_with_by_all_gpus(
+    tmp_path: Path, gpus: int, before: list[str], behind: list[str], remark: str
+) -> None:
+    def write(command: Sequence[str]) -> Done:
+        Path(command[-1]).write_text('{"rows": [3]}')
+        return Done(0, 1.0, "")
+
+    check = make_check(tmp_path, gpu=dataclasses.replace(GPU, count=gpus))
+    called = with_call(check, write)
+    assert gpu_check.beside_nccl(check, 30.0) == Result(OK, remark)
+    (command,) = called
+    at = command.index("benchmarks/nccl.py")
+    assert list(command[:at]) == [sys.executable, *before]
+    flags = nccl_plan.parse_arguments(command[at + 1 :])
+    assert (flags.device, flags.check, str(flags.json)) == ("cuda", 1, command[-1])
+    assert flags.sizes == [64 << 10, 2 << 20, 64 << 20]
+    assert list(command[at + 1 + len(gpu_check.BESIDE_NCCL) : -2]) == behind
+
+
+def test_figures_of_a_run_beside_nccl_that_ran_out_of_time_are_kept(tmp_path: Path) -> None:
+    def write(command: Sequence[str]) -> Done:
+        Path(command[-1]).write_text('{"rows": [3]}')
+        return Done(None, 30.0, "")
+
+    check = make_check(tmp_path)
+    with_call(check, write)
+    result = gpu_check.beside_nccl(check, 30.0)
+    assert (result.outcome, result.data) == (OUT_OF_TIME, {"rows": [3]})
+    assert result.remark == "one GPU, virtual ranks: nothing crosses a link; ended after 30 s"
+
+
+@pytest.mark.parametrize(
     ("done", "outcome"),
     [(Done(0, 1.0, ""), FAILED), (Done(1, 1.0, "wrong bits"), FAILED), (Done(None, 9.0, ""), OUT_OF_TIME)],
     ids=["no-figures", "status-1", "deadline"],
@@ -226,6 +300,7 @@ def test_a_benchmark_without_figures_is_no_success(tmp_path: Path, done: Done, o
     with_call(check, lambda command: done)
     assert gpu_check.kernels(check, 30.0).outcome == outcome
     assert gpu_check.allreduce(check, 30.0).outcome == outcome
+    assert gpu_check.beside_nccl(check, 30.0).outcome == outcome
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Engine nccl when something goes wrong, through Python, on the stand-ins: typed errors on all ranks, none that hangs.
 
 Numbers in the names count the faults that dpcomm promises to answer; those that are missing have a test elsewhere.
-Processes that die, graphs, contexts that are lost and an NCCL that does not let go: tests/cpp/test_nccl_faults.cpp.
+Processes that die, and graphs: tests/cpp/test_nccl_faults.cpp.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import re
@@ -52,6 +53,9 @@ __all__ = ["nccl_process"]  # the fixture `nccl`
 pytestmark = nccl_threads.marks
 
 TIMEOUT_S = 2.0  # of what has to run out of time
+ILLEGAL_ADDRESS = 700  # cudaErrorIllegalAddress
+SOON_S = 5.0  # for what takes a second at most
+LET_GO_S = 10.0  # how long ncclCommAbort may take before a wait gives up
 
 
 def alone(function: Callable[..., Any], *args: Any, machine: str = "devices=2", **env: str) -> Any:
@@ -488,6 +492,86 @@ def test_an_error_of_nccl_reaches_all_ranks(nccl: Process, codec: str) -> None:
     assert not filled
     for one in caught:
         check(one, "AbortedError", "rank 1 gave up", "unhandled system error", "the cable has come off")
+
+
+def call_behind_a_broken_kernel(_: int, __: int, codec: str) -> tuple[list[Any], list[float], list[float]]:
+    """A kernel of the user's has lost the context before rank 0 calls; rank 1 is in the same process, and does not."""
+    with ranks(2, codec=codec) as members:
+        good(together(members, Member.reduce))
+        x = members[0].full(5.0)
+        stand_in.break_context(ILLEGAL_ADDRESS)
+        try:
+            caught = [catch(members[0].reduce, x)]
+            caught += together(members, lambda m: catch(wait_for_failure, m.comm))
+            for member in members:
+                check_poisoned(member.comm, "rank 0 gave up", "cudaErrorIllegalAddress")
+            return caught, [float(value) for value in np.unique(x.x)], good(together(members, close))
+        finally:
+            stand_in.break_context(0)
+
+
+def wait_for_failure(comm: dpcomm.Communicator) -> None:
+    """Raises what `check` comes to raise; returns where nothing comes."""
+    until = time.monotonic() + LONG_S
+    while time.monotonic() < until:
+        comm.check()
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("codec", ["none", "fp16"])
+def test_56_an_earlier_kernel_has_lost_the_context(codec: str) -> None:
+    (first, *told), values, closed = alone(call_behind_a_broken_kernel, codec)
+    assert first.failure.name == "Error", first.failure.trace
+    assert first.failure.attributes["code"] == "CUDA"
+    assert first.text.startswith("[dpcomm:CUDA] rank 0/2 "), first.text
+    for words in (
+        "earlier asynchronous CUDA error: ",
+        "cudaErrorIllegalAddress",
+        "A kernel before this call has caused it, and the process can no longer use the GPU",
+        "CUDA_LAUNCH_BLOCKING=1",
+    ):
+        assert words in first.text, first.text
+    assert first.seconds < SOON_S
+    for one in told:
+        check(one, "AbortedError", "rank 0 gave up", "cudaErrorIllegalAddress", within_s=SOON_S)
+    assert values == [5.0]  # a GPU that is lost cannot fill it
+    assert max(closed) < LONG_S
+
+
+def hold_on_to_gpu_0(_: int, __: int) -> tuple[list[Any], list[bool], list[float], int]:
+    """Rank 0 waits on the GPU for rank 1, where NCCL's threads meet an error; NCCL never lets go of GPU 0."""
+    with ranks(2, codec="fp16") as members:
+        turn("abort_hangs_s", -1, 0)
+        x = members[0].full(1.0)
+        work = members[0].comm.allreduce(x, async_op=True)
+        break_rank(1, 2, "the cable has come off")
+        caught = together(members, lambda m: catch(work.wait, LONG_S) if m.rank == 0 else catch(m.reduce))
+        left_alone = [work.is_completed(), finite(x)]
+        for member in members:
+            check_poisoned(member.comm, "rank 1 gave up", "the cable has come off")
+        closed = good(together(members, close))
+        # Rank 1 would be another process. Freeing its memory here would wait for all GPUs of this one, without an end.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(members[1].comm))
+    return caught, left_alone, closed, count("comms", 0)
+
+
+def close(member: Member) -> float:
+    """How many seconds it took."""
+    began = time.monotonic()
+    member.comm.close()
+    return time.monotonic() - began
+
+
+def test_nccl_does_not_let_go_of_a_gpu() -> None:
+    """The array may still be written to, so it is not filled; the process ends all the same."""
+    (held, other), left_alone, closed, comms = alone(hold_on_to_gpu_0)
+    check(held, "CommTimeoutError", "rank 0/2", "NCCL has not let go of the GPU after ncclCommAbort", within_s=LONG_S)
+    check(held, "CommTimeoutError", "Restart the process: nothing else ends this.")
+    check(other, "AbortedError", "rank 1 gave up", "unhandled system error", "the cable has come off", within_s=SOON_S)
+    assert held.seconds > LET_GO_S / 2, "it has to wait for NCCL first"
+    assert left_alone == [False, True]
+    assert max(closed) < LONG_S
+    assert comms == 1  # of rank 0, for ever
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------

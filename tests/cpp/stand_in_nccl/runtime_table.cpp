@@ -15,3 +15,7 @@ extern "C" [[gnu::visibility("default")]] void stand_in_forget(void* address);
 
 void stand_in_adopt(void* address, size_t bytes, int device) { stand_in::adopt_memory(address, bytes, device); }
 void stand_in_forget(void* address) { stand_in::forget_memory(address); }
+
+// From now on the context is lost, with this cudaError_t; 0: it is as new.
+extern "C" [[gnu::visibility("default")]] void stand_in_break(int status);
+void stand_in_break(int status) { stand_in::machine().sticky = cudaError_t(status); }
