@@ -13,6 +13,8 @@ from gpu_clock import Times
 from gpu_goals import Outcome
 
 from dpcomm import _native
+from dpcomm.plan.counts import Traffic
+from dpcomm.plan.counts import traffic as traffic
 
 ELEM_BYTES = 4  # float32
 ALGORITHMS = ("direct", "oneshot", "ring")
@@ -21,56 +23,6 @@ SWEEP = (1, 2, 4, 8, 16, 32, 64)  # CTAs of one rank
 ROUNDS = 5
 GOAL_BYTES, GOAL_RANKS, GOAL_US = 4096, 2, 8.0
 TIMING_US, LEAST_CALLS, MOST_CALLS = 3000.0, 3, 100  # of one timing; so many calls fit into a stream's queue
-
-
-class Traffic(NamedTuple):
-    """Bytes that all ranks of one call read and write together, by kind of memory."""
-
-    tensor_read: float
-    tensor_written: float
-    message_read: float
-    message_written: float
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-    @property
-    def busier_way(self) -> float:
-        """What crosses the bus in its busier direction where messages lie in host memory."""
-        return max(self.message_read, self.message_written)
-
-
-def traffic(algorithm: str, codec: str, nranks: int, tensor: float, wire: float, pinned: bool) -> Traffic:
-    """Counted from csrc/core/direct.h, oneshot.h and ring.h, with chunks of equal size.
-
-    S bytes of a rank's tensors, W of one message of all of them, N ranks; everything for one rank, times N. A codec
-    that loses bits (fp16) also sends to itself; where all see one memory (pinned) a result is written once, else N - 1
-    times.
-
-        direct   give     reads S (N-1)/N, fp16 S         writes messages W (N-1)/N, fp16 W
-                 reduce   reads own S/N (fp16 none), messages W (N-1)/N (fp16 W)
-                          writes S/N, results W/N times readers
-                 take     reads messages W (N-1)/N        writes S (N-1)/N
-        oneshot  put      reads S, writes W: N - 1 times (fp16 N), in one memory once
-                 reduce   reads own S (fp16 none), messages W (N-1) (fp16 W N), writes S
-        ring     give, N - 1 additions, N - 1 forwards: tensors read and written once, messages W 2(N-1)/N each way
-
-    Args:
-        tensor: S. wire: W.
-        pinned: messages lie in host memory, which all ranks see.
-    """
-    n, lossy = nranks, codec == "fp16"
-    senders = n if lossy else n - 1  # of contributions, to each reader
-    if algorithm == "direct":
-        results = 1 if pinned else n - 1
-        one = Traffic(tensor, tensor, wire * (senders + n - 1) / n, wire * (senders + results) / n)
-    elif algorithm == "oneshot":
-        puts = 1 if pinned else senders
-        one = Traffic(tensor * (puts + (not lossy)), tensor, wire * senders, wire * puts)
-    else:
-        one = Traffic(tensor, tensor, wire * 2 * (n - 1) / n, wire * 2 * (n - 1) / n)
-    return Traffic(*(n * each for each in one))
 
 
 @dataclasses.dataclass(frozen=True)

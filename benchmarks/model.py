@@ -23,6 +23,7 @@ from model_costs import (
     bfloat16_us,
     direct_us,
     halves_gain,
+    native_us,
     none_us,
     one_slice_bytes,
     p2p_us,
@@ -41,12 +42,13 @@ CONTESTANTS: dict[str, Model] = {
     "NCCL fp32": stock_us,
     "NCCL bf16": bfloat16_us,
     "nccl none": none_us,
+    "nccl native bf16": lambda m, size, case: native_us(m, size, size / 2, case),
     "nccl fp16 direct": direct_us,
     "nccl fp16 ring": ring_us,
     "p2p fp16": p2p_us,
 }
 LINKS = (10, 25, 50, 100, 200, 370)  # GB/s
-MARKER = "<!-- model: {} -->"
+MARKER = "<!-- {}: {} -->"
 
 
 def main() -> int:
@@ -62,12 +64,25 @@ def page(text: str) -> str:
     Raises:
         ValueError: A marker is missing.
     """
-    for name, content in blocks().items():
-        begin, end = MARKER.format(name), MARKER.format(f"end of {name}")
+    return filled(text, "model", blocks(), PAGE.name)
+
+
+def filled(text: str, label: str, named: dict[str, str], page_name: str) -> str:
+    """A page of docs with other contents between its markers.
+
+    Args:
+        label: what its markers begin with.
+        named: contents by the name of their markers.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    for name, content in named.items():
+        begin, end = MARKER.format(label, name), MARKER.format(label, f"end of {name}")
         pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
         text, count = pattern.subn(lambda _, new=f"{begin}\n\n{content}\n\n{end}": new, text)  # type: ignore[misc]
         if count != 1:
-            raise ValueError(f"docs/model.md: expected {begin} and {end} once")
+            raise ValueError(f"docs/{page_name}: expected {begin} and {end} once")
     return text
 
 

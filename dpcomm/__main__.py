@@ -1,11 +1,14 @@
-"""`python -m dpcomm info`: what this build is and can do here; with --json for programs."""
+"""`python -m dpcomm info`: what this build is and can do here; `plan`: what an all-reduce should take, and whether a
+codec pays. With --json for programs."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from dpcomm.errors import ArgumentError
 from dpcomm.info import info
+from dpcomm.plan import command as plan_command
 
 
 def main() -> None:
@@ -16,9 +19,22 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, instruction sets, engines and GPUs")
     command.add_argument("--json", action="store_true", help="print JSON")
+    plan = commands.add_parser("plan", help="predicted times of an all-reduce, and whether a codec pays")
+    plan_command.add_arguments(plan)
     arguments = parser.parse_args()
+    if arguments.command == "info":
+        print_info(arguments.json)
+        return
+    try:
+        print(plan_command.run(arguments))
+    except ArgumentError as error:
+        plan.error(str(error))
+
+
+def print_info(as_json: bool) -> None:
+    """What this build is and can do here."""
     facts = info()
-    if arguments.json:
+    if as_json:
         print(json.dumps(facts, indent=2))
         return
     cuda = f"yes ({facts['cuda_version']})" if facts["cuda_built"] else "no"

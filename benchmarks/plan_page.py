@@ -1,0 +1,164 @@
+"""Writes the tables of docs/plan.md and two pictures: `python benchmarks/plan_page.py`.
+
+Predicted beside measured, for every row of benchmarks/results that the model speaks of; and for each rate of the links
+with constants that were fitted without it. Everything else of the page is by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import plan_fit
+import plan_rows as measured
+from goals import size_text
+from model import filled
+from network_plan import UNSHAPED, rate_text
+from plan_rows import Measured
+from render import table
+
+from dpcomm import __main__ as command
+from dpcomm.plan import constants as plan_constants
+from dpcomm.plan.cpu import Gloo, Shm
+from dpcomm.plan.picture import draw
+from dpcomm.plan.question import Question
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "plan.md", ROOT / "benchmarks" / "results"
+EXAMPLES = {
+    "example": "--hosts 16 --ranks-per-host 8 --link 50GB/s --network 400Gb/s --params 7e9 --dtype bf16 --codec fp16",
+    "example on cpu": "--hosts 2 --network 1Gb/s --size 25MiB",
+}
+PICTURES = {
+    "plan.png": Question(2, 8, 7 * 10**9, "float32", "fp16", "cuda", 50e9, 50e9, 25 << 20),
+    "plan-cpu.png": Question(2, 1, 25 << 18, "float32", "fp16", "cpu", None, 1.25e9),
+}
+Kinds = dict[str, Callable[[Measured], bool]]
+KINDS: Kinds = {
+    "shaped, from 4 MiB on": lambda row: row.shaped and row.large,
+    "shaped, smaller": lambda row: row.shaped and not row.large,
+    UNSHAPED: lambda row: not row.shaped,
+}
+
+
+def main() -> int:
+    PAGE.write_text(page(PAGE.read_text()))
+    for name, question in PICTURES.items():
+        draw(question, RESULTS / name)
+    print(f"wrote {PAGE.relative_to(ROOT)} and {', '.join(PICTURES)}")
+    return 0
+
+
+def page(text: str) -> str:
+    """The page with every block as it is computed now.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    return filled(text, "plan", blocks(), PAGE.name)
+
+
+def blocks() -> dict[str, str]:
+    """By the name of its markers."""
+    between = measured.between_hosts()
+    found = {
+        "errors": errors_table(between, plan_constants.GLOO),
+        "held out": held_out_table(between),
+        "shm": shm_table(),
+        "shaped": rows_table([row for row in between if row.shaped]),
+        "unshaped": rows_table([row for row in between if not row.shaped]),
+    }
+    return found | {name: printed(arguments) for name, arguments in EXAMPLES.items()}
+
+
+def gbit(row: Measured) -> float | None:
+    return None if row.place.network is None else 8 * row.place.network / 1e9
+
+
+def errors_table(rows: list[Measured], fitted: Gloo | Shm) -> str:
+    """A line for each kind of rows and number of hosts."""
+    lines = []
+    for name, kind in KINDS.items():
+        for hosts in sorted({row.place.hosts for row in rows}):
+            chosen = [row for row in rows if kind(row) and row.place.hosts == hosts]
+            lines.append([f"{name}, {hosts} hosts", *error_cells(chosen, fitted)])
+    return table(["", *HEADS], lines)
+
+
+HEADS = ["rows", "median", "nine tenths within", "largest", "beyond 15 %"]
+
+
+def error_cells(rows: list[Measured], fitted: Gloo | Shm) -> list[str]:
+    found = measured.errors(rows, fitted)
+    return [str(found.rows), *(f"{share:.1%}" for share in found[1:4]), str(found.beyond)]
+
+
+def held_out(rows: list[Measured], rate: float | None) -> Gloo | Shm:
+    """Constants fitted without the rows of one rate."""
+    return plan_fit.fit([row for row in rows if gbit(row) != rate], plan_fit.FIRST_GLOO)
+
+
+def held_out_table(rows: list[Measured]) -> str:
+    """For each rate of the links: rows at that rate, with constants that know only the others."""
+    lines = []
+    for rate in sorted({gbit(row) for row in rows if row.shaped}, key=lambda rate: rate or 0.0):
+        fitted = held_out(rows, rate)
+        for name, kind in list(KINDS.items())[:2]:
+            chosen = [row for row in rows if gbit(row) == rate and kind(row)]
+            lines.append([f"{rate_text(rate)}, {name}", *error_cells(chosen, fitted)])
+    return table(["left out of the fit", *HEADS], lines)
+
+
+def shm_table() -> str:
+    """Engine shm: the rows that were fitted, and those of other runs."""
+    lines = []
+    for pattern in (plan_fit.FITTED_WITHIN, *plan_fit.TRIED_WITHIN):
+        rows = measured.within_a_host(pattern)
+        for file in sorted({row.file for row in rows}):
+            own = [row for row in rows if row.file == file]
+            for name, chosen in (
+                ("smaller", [r for r in own if not r.large]),
+                ("4 MiB on", [r for r in own if r.large]),
+            ):
+                lines.append([f"{file}, {name}", *error_cells(chosen, plan_constants.SHM)])
+    return table(["", *HEADS], lines)
+
+
+def rows_table(rows: list[Measured]) -> str:
+    """Measured, predicted and how far off, in ms, of every row: a line for each size, a column for each contestant."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    lines = []
+    for place in dict.fromkeys((row.place, row.load.plain) for row in rows):
+        here = {row.name: row for row in rows if (row.place, row.load.plain) == place}
+        first = next(iter(here.values()))
+        where = f"{first.place.hosts} hosts, {rate_text(gbit(first))}, {size_text(place[1])}"
+        lines.append([where, *(cell(here[name]) if name in here else "-" for name in names)])
+    return table(["measured > predicted, ms", *names], lines)
+
+
+def cell(row: Measured) -> str:
+    """ "35.1 > 35.2 (+0 %)"; bold beyond 15 %."""
+    off = measured.off(row, plan_constants.GLOO)
+    text = f"{ms(row.us)} > {ms(measured.predicted_us(row, plan_constants.GLOO))} ({off:+.0%})"
+    return f"**{text}**" if abs(off) > measured.WISHED else text
+
+
+def ms(us: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{us / 1e3:.3g}" if us < 1e6 else f"{us / 1e3:.0f}"
+
+
+def printed(arguments: str) -> str:
+    """A command and what it prints."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", ["dpcomm", "plan", *arguments.split()]), contextlib.redirect_stdout(out):
+        command.main()
+    return f"```text\n$ python -m dpcomm plan {arguments}\n{out.getvalue()}```"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
