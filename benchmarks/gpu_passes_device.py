@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gpu_clock import time_on_device
 from gpu_environment import l2_bytes
-from gpu_passes_plan import ELEM_BYTES, HOOK_RANKS, Subject, counts_of, slice_bytes, subjects
+from gpu_passes_plan import ELEM_BYTES, HOOK_RANKS, NATIVE, Subject, counts_of, slice_bytes, subjects
 from torch import Tensor
 
 from dpcomm import _native
@@ -21,7 +21,11 @@ import reference
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HOLD_US = 100.0  # more than the host needs to enqueue three operations of torch
 SAMPLE_ELEMS = 64_000  # whole groups, and whole tensors of a list
-MESSAGES = {"encode": 1, "decode": 1, "add": 2, "reduce": 3, "copy": 1, "memcpy": 1, "empty": 0}  # csrc/cuda/passes.h
+# csrc/cuda/passes.h
+MESSAGES = {"encode": 1, "decode": 1, "add": 2, "reduce": 3, "cast": 1, "widen": 1, "copy": 1, "memcpy": 1, "empty": 0}
+READERS = {"cast": "widen", "widen": "widen"}  # of a message that a pass writes or reads; of others, decode
+WRITERS = {"cast": "cast", "widen": "cast"}
+CAST_RANKS = 2  # what the pass divides by
 
 
 class Passes:
@@ -62,9 +66,10 @@ class Passes:
     def correct(self, subject: Subject) -> bool:
         """Whether the pass gives the reference's bits on a sample of every set."""
         self.prepare(subject)
-        decode = Subject("decode", subject.ctas, subject.codec, subject.dtype, subject.many)
+        reader = READERS.get(subject.kind, "decode")
+        decode = Subject(reader, subject.ctas, subject.codec, subject.dtype, subject.many)
         messages = MESSAGES[subject.kind]
-        if subject.kind != "decode":
+        if subject.kind != reader:
             self._run(subject, range(messages), 1)
         if subject.kind != "reduce":  # a message, which its last one is, is compared decoded
             for tensor in self.tensors:
@@ -77,8 +82,10 @@ class Passes:
     def prepare(self, subject: Subject) -> None:
         """Fills tensors and messages with what the subject reads: numbers that are finite, whatever ran before."""
         first, second = self.sources[subject.dtype]
-        of_messages = {"decode": [first], "add": [second], "reduce": [first, second]}.get(subject.kind, [])
-        encode = Subject("encode", subject.ctas, subject.codec, subject.dtype, subject.many)
+        of_messages = {"decode": [first], "widen": [first], "add": [second], "reduce": [first, second]}.get(
+            subject.kind, []
+        )
+        encode = Subject(WRITERS.get(subject.kind, "encode"), subject.ctas, subject.codec, subject.dtype, subject.many)
         for number, values in enumerate(of_messages):
             self._fill(values)
             self._run(encode, range(number, number + 1), 1)
@@ -151,6 +158,10 @@ def _expected_tensor(subject: Subject, first: Any, second: Any) -> Any:
         return reference.through_fp16(values) if subject.codec == "fp16" else values
 
     mine, theirs = reference.widen(first), reference.widen(second)
+    if subject.kind in NATIVE:
+        wire = {"fp16": np.dtype(np.float16), "bf16": reference.BFLOAT16}[subject.codec]
+        result = reference.widen(reference.narrow(reference.finish(mine, "mean", CAST_RANKS), wire))
+        return reference.narrow(reference.canonical(result), first.dtype)
     if subject.kind in ("encode", "decode"):
         result = through(mine)
     elif subject.kind == "add":

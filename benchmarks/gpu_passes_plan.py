@@ -25,17 +25,29 @@ TIMING_US = 2000.0  # that one timing should last
 MOST_REPEATS = 200
 COPY_GOALS = ((64 * MIB, math.inf, 0.92), (25 * MIB, 25 * MIB, 0.85))  # sizes from .. to: fraction of the device copy
 HOOK_GOAL_BYTES, HOOK_GOAL = 25 * MIB, 1.3
+NATIVE, NATIVE_CTAS = ("cast", "widen"), 4  # around NCCL's own all-reduce; CTAs of an SM, as in csrc/nccl/native.cpp
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """Something to be timed at one size."""
 
-    kind: str  # "encode" "decode" "add" "reduce" "copy" "memcpy" "empty" "hook"
+    kind: str  # "encode" "decode" "add" "reduce" "cast" "widen" "copy" "memcpy" "empty" "hook"
     ctas: int = 0  # 0 where it is not ours to choose
     codec: str = "none"
     dtype: str = "float32"
     many: bool = False  # a list of small tensors rather than one
+
+    @property
+    def of_a_group(self) -> int:
+        """Bytes of a group in a message."""
+        return self.message_bytes([1])
+
+    def message_bytes(self, counts: Sequence[int]) -> int:
+        """Bytes of one message of tensors with so many elements: codes and exponents of whole groups."""
+        dtype, codec = _native.DTYPES[self.dtype], _native.CODECS[self.codec]
+        of = {count: _native.wire_bytes(count, dtype, codec, self.kind in NATIVE) for count in dict.fromkeys(counts)}
+        return sum(bytes_ * counts.count(count) for count, bytes_ in of.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +79,13 @@ def passes(ctas: int) -> list[Subject]:
     codecs = ("none", "fp16")
     found = [Subject(kind, ctas, codec) for kind in ("encode", "decode", "add", "reduce") for codec in codecs]
     found += [Subject(kind, ctas, codec, "bfloat16") for kind in ("encode", "decode") for codec in codecs]
-    return found + [Subject("encode", ctas, codec, many=True) for codec in codecs]
+    found += [Subject("encode", ctas, codec, many=True) for codec in codecs]
+    return found + native_passes(ctas)
+
+
+def native_passes(ctas: int) -> list[Subject]:
+    """Those around an all-reduce in 16 bits."""
+    return [Subject(kind, ctas, codec) for kind in NATIVE for codec in ("fp16", "bf16")]
 
 
 def subjects(ctas: Sequence[int]) -> list[Subject]:
@@ -75,7 +93,7 @@ def subjects(ctas: Sequence[int]) -> list[Subject]:
     found = [Subject("memcpy"), Subject("hook"), Subject("empty", 1)]
     for number in ctas:
         found += [Subject("copy", number), *passes(number)]
-    return found
+    return found + native_passes(NATIVE_CTAS * max(ctas))
 
 
 def counts_of(subject: Subject, size_bytes: int) -> list[int]:
@@ -87,31 +105,24 @@ def counts_of(subject: Subject, size_bytes: int) -> list[int]:
     return [MANY_ELEMS] * whole + ([left] if left else [])
 
 
-def wire_bytes(subject: Subject, counts: Sequence[int]) -> int:
-    """Bytes of one message: codes and exponents of whole groups."""
-    dtype, codec = _native.DTYPES[subject.dtype], _native.CODECS[subject.codec]
-    return sum(_native.wire_bytes(count, dtype, codec) * times for count, times in _distinct(counts))
-
-
-def _distinct(counts: Sequence[int]) -> list[tuple[int, int]]:
-    return [(count, counts.count(count)) for count in dict.fromkeys(counts)]
-
-
 def moved_bytes(subject: Subject, size_bytes: int) -> int:
     """Bytes that must be read and written at least.
 
-    encode: tensors in, a message out. decode: the reverse. add: a message and tensors in, a message out. reduce, of two
-    ranks: two contributions in (messages; with codec none the own one from the tensors), tensors and a message out.
+    encode, cast: tensors in, a message out. decode, widen: the reverse. add: a message and tensors in, a message out.
+    reduce, of two ranks: two contributions in (messages; with codec none the own one from the tensors), tensors and a
+    message out.
     hook: to half 4 + 2 bytes an element, divide 2 + 2, copy back 2 + 4.
     """
     counts = counts_of(subject, size_bytes)
-    tensors, wire = sum(counts) * ELEM_BYTES[subject.dtype], wire_bytes(subject, counts)
+    tensors, wire = sum(counts) * ELEM_BYTES[subject.dtype], subject.message_bytes(counts)
     own = tensors if subject.codec == "none" else wire
     return {
         "encode": tensors + wire,
         "decode": wire + tensors,
         "add": wire + tensors + wire,
         "reduce": own + wire + tensors + wire,
+        "cast": tensors + wire,
+        "widen": wire + tensors,
         "copy": 2 * tensors,
         "memcpy": 2 * tensors,
         "hook": 4 * tensors,
@@ -124,9 +135,8 @@ def slice_bytes(subject: Subject, size_bytes: int) -> int:
 
     With fixed slices some CTAs would have one more than others, and the pass would last as long as theirs.
     """
-    dtype, codec = _native.DTYPES[subject.dtype], _native.CODECS[subject.codec]
-    of_a_group = _native.wire_bytes(1, dtype, codec)
-    groups = wire_bytes(subject, counts_of(subject, size_bytes)) // of_a_group
+    of_a_group = subject.of_a_group
+    groups = subject.message_bytes(counts_of(subject, size_bytes)) // of_a_group
     rounds = -(-groups * of_a_group // (MOST_SLICE_BYTES * subject.ctas))
     return -(-groups // (rounds * subject.ctas)) * of_a_group
 
@@ -147,7 +157,7 @@ def measure_size(
         advance: called after each timing.
     """
     every = subjects(ctas)
-    correct = {each: check(each) for each in every if each.kind in ("encode", "decode", "add", "reduce")}
+    correct = {each: check(each) for each in every if each.kind not in ("copy", "memcpy", "empty", "hook")}
     repeats = {each: repeats_for(time_pass(each, 3)) for each in every}
     times: dict[Subject, list[float]] = {each: [] for each in every}
     for number in range(rounds):
@@ -189,14 +199,18 @@ def rows_of(size_bytes: int, times: dict[Subject, list[float]], correct: dict[Su
 
 def outcomes(rows: Sequence[Row]) -> list[Outcome]:
     """The goals: with the most CTAs, float32, one tensor."""
-    most = max((row.ctas for row in rows), default=0)
+    most = max((row.ctas for row in rows if row.kind not in NATIVE), default=0)
     full = [
         row
         for row in rows
-        if row.ctas == most and row.dtype == "float32" and row.tensors == 1 and row.kind not in ("copy", "empty")
+        if row.ctas == most
+        and row.dtype == "float32"
+        and row.tensors == 1
+        and row.kind not in ("copy", "empty", *NATIVE)
     ]
     found = [_copy_outcome(full, *goal) for goal in COPY_GOALS]
-    return [*found, _hook_outcome(full, rows)]
+    native = [row for row in rows if row.kind in NATIVE and row.ctas == NATIVE_CTAS * most]
+    return [*found, _hook_outcome(full, rows, ("encode", "decode")), _hook_outcome(native, rows, NATIVE)]
 
 
 def _copy_outcome(full: Sequence[Row], begin: float, end: float, bound: float) -> Outcome:
@@ -210,13 +224,13 @@ def _copy_outcome(full: Sequence[Row], begin: float, end: float, bound: float) -
     return Outcome(goal, text, least >= bound)
 
 
-def _hook_outcome(full: Sequence[Row], rows: Sequence[Row]) -> Outcome:
-    goal = f"encode and decode of fp16 at least {HOOK_GOAL:g}x as fast as the hook's three operations at 25 MiB"
+def _hook_outcome(full: Sequence[Row], rows: Sequence[Row], kinds: tuple[str, str]) -> Outcome:
+    goal = f"{kinds[0]} and {kinds[1]} of fp16 at least {HOOK_GOAL:g}x as fast as the hook's three operations at 25 MiB"
     hook = [row.median_us for row in rows if row.kind == "hook" and row.size_bytes == HOOK_GOAL_BYTES]
     ours = {
         row.kind: row.median_us
         for row in full
-        if row.size_bytes == HOOK_GOAL_BYTES and row.codec == "fp16" and row.kind in ("encode", "decode")
+        if row.size_bytes == HOOK_GOAL_BYTES and row.codec == "fp16" and row.kind in kinds
     }
     if not hook or len(ours) != 2:
         return Outcome(goal, "", None)

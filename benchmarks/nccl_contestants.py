@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from contestants import Contestant, make
-from nccl_plan import ALGORITHMS, CODECS, MIB, NOTHING_TO_MOVE, Contest
+from nccl_plan import MIB, NOTHING_TO_MOVE, Contest, codings
 from network_plan import sent_plainly
 from torch import Tensor
 from verification import (
@@ -185,12 +185,7 @@ def assemble(contest: Contest, arguments: argparse.Namespace, device: torch.devi
     _add_stock(field, contest, wanted, source, memory)
     _add_symmetric(field, wanted, source)
     for engine in contest.engines:
-        names = {
-            (codec, algorithm): name
-            for codec in CODECS
-            for algorithm in ("auto", *ALGORITHMS)
-            if (name := f"dpcomm {engine} {codec}/{algorithm}") in wanted
-        }
+        names = {coding: name for name, coding in codings(engine).items() if name in wanted}
         if names:
             _add_engine(field, engine, names, source, memory, arguments.virtual_ranks)
     order = contest.names()

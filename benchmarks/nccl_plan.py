@@ -18,7 +18,9 @@ from network_plan import sent_plainly
 
 KIB, MIB = 1 << 10, 1 << 20
 DTYPES = {"float": 4, "half": 2, "bfloat16": 2}  # nccl-tests' names, and bytes of an element
-CODECS, ALGORITHMS = ("none", "fp16"), ("direct", "ring")
+# Codec and algorithm of dpcomm's contestants; those whose codes NCCL adds up are of engine nccl only.
+CODINGS = (("none", "direct"), ("none", "ring"), ("fp16", "direct"), ("fp16", "ring"), ("none", "auto"))
+NATIVE = (("fp16", "native"), ("bf16", "native"))
 LEAST_ROUNDS, MOST_TURN_CALLS = 5, 10  # repeated sums of unit Gaussians stay finite: 64 ranks reach 64^11 = 2^66
 REHEARSAL = "cpu rehearsal"
 NOTHING_TO_MOVE = "one rank: nothing to move"
@@ -33,9 +35,14 @@ class Contest(NamedTuple):
 
     def names(self) -> list[str]:
         """All contestants, in the order of the table."""
-        variants = [f"{codec}/{algorithm}" for codec in CODECS for algorithm in ALGORITHMS] + ["none/auto"]
-        ours = [f"dpcomm {engine} {variant}" for engine in self.engines for variant in variants]
+        ours = [name for engine in self.engines for name in codings(engine)]
         return [self.stock, f"{self.stock} bf16", "fp16_compress_hook", *SYMMETRIC, *ours]
+
+
+def codings(engine: str) -> dict[str, tuple[str, str]]:
+    """Codec and algorithm of the contestants of one engine, by name."""
+    taken = (*CODINGS, *NATIVE) if engine == "nccl" else CODINGS
+    return {f"dpcomm {engine} {codec}/{algorithm}": (codec, algorithm) for codec, algorithm in taken}
 
 
 SYMMETRIC = tuple(f"symm_mem {variant}" for variant in ("one_shot", "two_shot", "multimem"))

@@ -41,13 +41,16 @@ class Verdict:
 
 
 def precision_of(codec: str, algorithm: str, nranks: int) -> Precision:
-    """dpcomm's codec and algorithm. direct and oneshot round each term and the sum once; ring rounds at every hop.
+    """dpcomm's codec and algorithm. direct and oneshot round each term and the sum once; ring rounds at every hop,
+    native (NCCL adds plain 16 bits) at every addition.
 
     Elements far below their group's largest magnitude M are off by up to 2^-39 M (half the smallest fp16 step, 2^-25,
     over 2^14, the least that M is scaled to) at each of at most N + 1 roundings.
     """
     if codec == "none":
         return EXACT
+    if algorithm == "native":
+        return precision_of_sixteen_bits({"fp16": torch.float16, "bf16": torch.bfloat16}[codec], nranks)
     roundings = nranks if algorithm == "ring" else 2
     return Precision(UNIT_ROUNDOFF[codec], max(roundings, 2), of_largest=(nranks + 1) * 2.0**-39)
 

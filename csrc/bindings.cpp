@@ -212,8 +212,9 @@ void add_constants(py::module_& m) {
   m.attr("DTYPES") =
       table({Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64});
   m.attr("OPS") = table({Op::sum, Op::mean, Op::min, Op::max});
-  m.attr("CODECS") = table({CodecKind::none, CodecKind::fp16});
-  m.attr("ALGORITHMS") = table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot, Algorithm::ring});
+  m.attr("CODECS") = table({CodecKind::none, CodecKind::fp16, CodecKind::bf16});
+  m.attr("ALGORITHMS") =
+      table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot, Algorithm::ring, Algorithm::native});
 }
 
 void add_functions(py::module_& m) {
@@ -227,10 +228,11 @@ void add_functions(py::module_& m) {
   });
   m.def(
       "wire_bytes",
-      [](int64_t elems, int dtype, int codec) {
-        return (elems + kGroup - 1) / kGroup * group_bytes(Dtype(dtype), CodecKind(codec));
+      [](int64_t elems, int dtype, int codec, bool native) {
+        const auto of_a_group = native ? native_group_bytes : group_bytes;
+        return (elems + kGroup - 1) / kGroup * of_a_group(Dtype(dtype), CodecKind(codec));
       },
-      py::arg("elems"), py::arg("dtype"), py::arg("codec"));
+      py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("native") = false);
   m.def(
       "choose_algorithm",
       [](int64_t elems, int dtype, int codec, int nranks, bool network) {
@@ -251,8 +253,8 @@ void add_enum(py::class_<PassCall>& c, const char* name, Enum PassCall::* member
 }
 
 void add_passes(py::module_& m) {
-  m.attr("PASSES") = table({PassKind::encode, PassKind::decode, PassKind::add, PassKind::reduce, PassKind::copy,
-                            PassKind::memcpy, PassKind::empty});
+  m.attr("PASSES") = table({PassKind::encode, PassKind::decode, PassKind::add, PassKind::reduce, PassKind::cast,
+                            PassKind::widen, PassKind::copy, PassKind::memcpy, PassKind::empty});
   py::class_<PassCall> c(m, "CudaPass");
   c.def(py::init<>())
       .def_readwrite("counts", &PassCall::counts)

@@ -42,6 +42,8 @@ const char* name_of(CodecKind codec) {
       return "none";
     case CodecKind::fp16:
       return "fp16";
+    case CodecKind::bf16:
+      return "bf16";
   }
   return "?";
 }
@@ -55,8 +57,8 @@ const char* name_of(Algorithm algorithm) {
       return "oneshot";
     case Algorithm::ring:
       return "ring";
-    case Algorithm::carrier:
-      return "carrier";
+    case Algorithm::native:
+      return "native";
   }
   return "?";
 }

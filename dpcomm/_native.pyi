@@ -14,15 +14,18 @@ MAX_CTAS: int  # of one rank on a GPU
 
 DTYPES: dict[str, int]  # "float32" "float64" "float16" "bfloat16" "int32" "int64"
 OPS: dict[str, int]  # "sum" "mean" "min" "max"
-CODECS: dict[str, int]  # "none" "fp16"
-ALGORITHMS: dict[str, int]  # "auto" "direct" "oneshot" "ring"
+CODECS: dict[str, int]  # "none" "fp16" "bf16"
+ALGORITHMS: dict[str, int]  # "auto" "direct" "oneshot" "ring" "native"
 ARRIVALS: dict[str, int]  # how an exchange ended: "here" "late" "broken"
 
 def simd() -> list[str]:
     """Instruction sets usable on this processor, best first; the last is always "portable"."""
 
-def wire_bytes(elems: int, dtype: int, codec: int) -> int:
-    """Bytes one copy of a segment of `elems` elements takes on the wire (whole groups of 256)."""
+def wire_bytes(elems: int, dtype: int, codec: int, native: bool = False) -> int:
+    """Bytes one copy of a segment of `elems` elements takes on the wire (whole groups of 256).
+
+    native: of algorithm "native", whose codes have no exponents.
+    """
 
 def choose_algorithm(elems: int, dtype: int, codec: int, nranks: int, network: bool) -> int:
     """What "auto" stands for at this size: the fixed table of docs/design.md."""
@@ -261,7 +264,7 @@ class NcclComm(Comm):
     def verify(self, timeout_s: float, name: str) -> None:
         """The first calls, on all ranks at once."""
 
-PASSES: dict[str, int]  # "encode" "decode" "add" "reduce" "copy" "memcpy" "empty"; only where kernels were built
+PASSES: dict[str, int]  # "encode" "decode" "add" "reduce" "cast" "widen" "copy" "memcpy" "empty"; only with kernels
 
 class CudaPass:
     """One pass of a schedule alone, for benchmarks: csrc/cuda/passes.h says what each reads and writes."""

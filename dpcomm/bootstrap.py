@@ -124,7 +124,7 @@ def build(site: Site, options: Options | Error) -> Built:
         meeting.meet(hello_of(site, accepted))
         payloads = meeting.stage("validate", lambda: _validate(meeting, options))
         assert accepted is not None  # else `validate` has raised
-        why = "" if accepted.engine == "auto" else "asked for"
+        why = "asked for" if accepted.engine != "auto" else "algorithm native" if accepted.algorithm == "native" else ""
         if accepted.serving in CARRIED_ENGINES:
             return _build_carried(meeting, accepted, accepted.serving, site.group, why)
         if accepted.serving == "nccl":

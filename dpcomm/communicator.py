@@ -45,11 +45,14 @@ class Communicator:
             reach. nranks=1 needs no store.
         device: Where all arrays lie: None or "cpu"; or a GPU, as torch.device, "cuda", "cuda:1" or its ordinal. Calls
             on a GPU are ordered as torch's own work is: behind what the current stream has, before what it gets.
-        codec: What travels, "none" or "fp16"; calls may choose another.
+        codec: What travels: "none", "fp16", or with algorithm="native" also "bf16"; calls may choose another.
         engine: "auto"; "shm" (on CPU, one host), "gloo" (on CPU, any hosts), "torch" (on CPU, any hosts, through a
             process group like the given one), "p2p" (on GPUs of one host) or "nccl" (on GPUs of any hosts; both without
-            a device take the current one). auto takes shm or p2p, and where the ranks share no host gloo or nccl.
-        algorithm: "auto", "direct", "oneshot" or "ring"; calls may choose another.
+            a device take the current one). auto takes shm or p2p; gloo or nccl where the ranks share no host, or
+            for algorithm="native".
+        algorithm: "auto", "direct", "oneshot", "ring", or "native": the all-reduce of NCCL (engine "nccl"), where
+            codecs are plain 16 bits that NCCL adds up, or of gloo (engine "gloo", codec "none"). It promises the same
+            bytes on all ranks and nothing else of them. Calls may choose another.
         timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
             first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.
         bucket_cap_mb: Size in MiB up to which the tensors of a list are reduced together.
@@ -221,6 +224,8 @@ class Communicator:
         made = opt.request(
             op, self.codec if codec is None else codec, self.algorithm if algorithm is None else algorithm
         )
+        if self._built is not None and made.algorithm == _native.ALGORITHMS["native"]:
+            opt.check_native(self.engine, made.codec_name)
         with contextlib.suppress(TypeError):  # a ReduceOp that cannot be hashed is validated each time
             self._requests[type(op), op, codec, algorithm] = made  # the type: ReduceOp.SUM == 0
         return made
@@ -301,9 +306,9 @@ class Communicator:
             if name == "auto":
                 name = names[_native.choose_algorithm(1 << exponent, dtype, codec, self.nranks, network)]
                 if self.codec == "none" and aside_bytes and 4 << exponent >= aside_bytes:
-                    name = "carrier"
+                    name = "native"
             if not table or table[-1]["algorithm"] != name:
-                bit_class = name if name in ("ring", "carrier") else "rank_order"
+                bit_class = name if name in ("ring", "native") else "rank_order"
                 table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
 

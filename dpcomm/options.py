@@ -18,6 +18,8 @@ from dpcomm.errors import ArgumentError, UnsupportedError
 MAX_TIMEOUT_S = environment.MAX_TIMEOUT_S
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 ENCODED = ("float32", "float16", "bfloat16")  # what a codec other than none serves
+# Engines whose library has an all-reduce of its own (algorithm "native"), and codecs that it adds up.
+NATIVE = {"gloo": ("none",), "nccl": ("none", "fp16", "bf16")}
 # Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
 ENGINES = ("auto", "shm", "p2p", "gloo", "torch", "nccl")
@@ -58,6 +60,8 @@ class Options(NamedTuple):
         """The engine to try: what was asked for, or what serves ranks of one host on this device."""
         if self.engine != "auto":
             return self.engine
+        if self.algorithm == "native":
+            return "gloo" if self.device == CPU else "nccl"
         return "shm" if self.device == CPU else "p2p"
 
     @property
@@ -91,11 +95,10 @@ def request(op: object, codec: object, algorithm: object) -> Request:
 
     Raises:
         ArgumentError: A name that does not exist.
-        UnsupportedError: min or max with a codec.
+        UnsupportedError: min or max with a codec, or codec bf16 with an algorithm of dpcomm's own.
     """
     op_str = op_name(op)
-    codec_str = choice("codec", codec, _native.CODECS)
-    algorithm_str = choice("algorithm", algorithm, _native.ALGORITHMS)
+    codec_str, algorithm_str = _coding(codec, algorithm)
     if codec_str != "none" and op_str in ("min", "max"):
         raise UnsupportedError(f"allreduce: op={op_str} with codec={codec_str}. Use codec='none'.")
     return Request(
@@ -106,6 +109,36 @@ def request(op: object, codec: object, algorithm: object) -> Request:
         op_str,
         codec_str,
     )
+
+
+def _coding(codec: object, algorithm: object) -> tuple[str, str]:
+    """Codec and algorithm, if they go together."""
+    codec_str = choice("codec", codec, _native.CODECS)
+    algorithm_str = choice("algorithm", algorithm, _native.ALGORITHMS)
+    if codec_str == "bf16" and algorithm_str != "native":
+        raise UnsupportedError(
+            f"codec='bf16' with algorithm={algorithm_str!r}: only algorithm='native' of engine='nccl' has it. "
+            "Use codec='fp16'."
+        )
+    return codec_str, algorithm_str
+
+
+def check_native(engine: str, codec: str) -> None:
+    """Refuses algorithm "native" where no library of the engine adds up such a codec.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    if engine not in NATIVE:
+        raise UnsupportedError(
+            f"algorithm='native' with engine={engine!r}, which uses no library's all-reduce. Use engine='nccl' on GPUs "
+            "or engine='gloo' on CPUs, or another algorithm."
+        )
+    if codec not in NATIVE[engine]:
+        raise UnsupportedError(
+            f"algorithm='native' with engine={engine!r} and codec={codec!r}: use codec {' or '.join(NATIVE[engine])}, "
+            "or algorithm='auto'."
+        )
 
 
 def _dtypes(op: str, codec: str) -> dict[str, tuple[int, int]]:
@@ -164,17 +197,18 @@ def resolve(
 
     Raises:
         ArgumentError: An unknown name, a number out of range, an engine or device that is not available or not served.
-        UnsupportedError: A device that this version does not serve.
+        UnsupportedError: A device that this version does not serve, or a codec and algorithm that exclude each other.
         VersionError: Engine nccl, and no NCCL that it can use.
     """
     env = environment.read()
     _check_engine(engine)
     ordinal = _ordinal(device, engine)
     seconds = positive("timeout_s", timeout_s, MAX_TIMEOUT_S)
-    return Options(
-        codec=choice("codec", codec, _native.CODECS),
+    codec_str, algorithm_str = _coding(codec, algorithm)
+    made = Options(
+        codec=codec_str,
         engine=str(engine),
-        algorithm=choice("algorithm", algorithm, _native.ALGORITHMS),
+        algorithm=algorithm_str,
         timeout_s=env.timeout_s if seconds == environment.DEFAULT_TIMEOUT_S else seconds,
         bucket_cap_mb=positive("bucket_cap_mb", bucket_cap_mb, 1e9),
         arena_bytes=env.arena_bytes,
@@ -184,6 +218,9 @@ def resolve(
         max_ctas=_max_ctas(max_ctas, ordinal),
         arena=env.p2p_arena,
     )
+    if algorithm_str == "native":
+        check_native(made.serving, codec_str)
+    return made
 
 
 def positive(what: str, value: object, limit: float) -> float:

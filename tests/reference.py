@@ -3,6 +3,7 @@
 Nothing here knows of threads, slots, algorithms or torch. An array of dtype uint16 is bfloat16, as bit patterns.
 
     class rank_order   y = D(E(mean(D(E(x_0)) + D(E(x_1)) + ... )))            sums in rank order
+    class native       what a library's own all-reduce makes of plain 16 bits, if it adds in rank order; each sum rounds
     class ring         m = E(x_c), then m = E(D(m) + x_r) for r = c+1 ... c-1   c: the chunk that a group belongs to
 
 E and D encode and decode one group: up to 256 consecutive elements of one segment (one tensor of a list).
@@ -154,8 +155,8 @@ def check(inputs: Sequence[Sequence[Array]], op: str, codec: str) -> None:
     if op == "mean" and "i" in kinds:
         raise ValueError("mean of integers")
     encodable = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-    if codec == "fp16" and (op not in ("sum", "mean") or any(x.dtype not in encodable for x in inputs[0])):
-        raise ValueError("codec fp16 takes sums and means of float32, float16 and bfloat16")
+    if codec != "none" and (op not in ("sum", "mean") or any(x.dtype not in encodable for x in inputs[0])):
+        raise ValueError("codecs take sums and means of float32, float16 and bfloat16")
 
 
 def allreduce(
@@ -166,8 +167,8 @@ def allreduce(
     Args:
         inputs: one list of arrays a rank; each array is a segment, groups start anew in each.
         op: "sum", "mean", "min" or "max".
-        codec: "none" or "fp16".
-        bit_class: "rank_order" or "ring".
+        codec: "none" or "fp16"; "fp16" or "bf16" in class native.
+        bit_class: "rank_order", "ring" or "native".
     Raises:
         ValueError: the combination has no meaning, or the ranks' arrays differ in size or dtype.
     """
@@ -177,6 +178,8 @@ def allreduce(
         return [x.copy() for x in flat[0]]  # one rank: identity, whatever the codec; NaNs keep their bits
     if bit_class == "ring":
         return ring(flat, op, codec)
+    if bit_class == "native":
+        return [native([segments[s] for segments in flat], op, codec) for s in range(len(flat[0]))]
     return [rank_order([segments[s] for segments in flat], op, codec) for s in range(len(flat[0]))]
 
 
@@ -185,6 +188,18 @@ def rank_order(xs: Sequence[Array], op: str, codec: str) -> Array:
     travelled = [through_fp16(widen(x)) if codec == "fp16" else widen(x) for x in xs]
     total = canonical(finish(reduce(COMBINE[op], travelled), op, len(xs)))
     return narrow(through_fp16(total) if codec == "fp16" else total, xs[0].dtype)
+
+
+def native(xs: Sequence[Array], op: str, codec: str) -> Array:
+    """One segment. No exponents: what 16 bits cannot hold becomes infinite. A mean divides before it encodes."""
+    wire = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16}[codec]
+
+    def travelled(x: Array) -> Array:
+        return widen(narrow(x, wire))
+
+    codes = [travelled(finish(widen(x), op, len(xs))) for x in xs]
+    total = reduce(lambda a, b: travelled(plus(a, b)), codes)
+    return narrow(canonical(total), xs[0].dtype)
 
 
 def ring(inputs: Sequence[Sequence[Array]], op: str, codec: str) -> list[Array]:

@@ -143,6 +143,7 @@ def test_torchs_operations_mean_the_same(pair: list[dpcomm.Communicator], name: 
         (torch.ones(2, dtype=torch.complex64), "sum", {"codec": "fp16"}, dpcomm.UnsupportedError, "complex64"),
         (torch.ones(2, dtype=torch.complex64), "max", {}, dpcomm.UnsupportedError, "complex64"),
         (torch.ones(2).bool(), "sum", {}, dpcomm.UnsupportedError, "bool"),
+        (torch.ones(2), "sum", {"codec": "bf16"}, dpcomm.UnsupportedError, "bf16.*only algorithm='native'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("nranks", [1, 2], ids=["1rank", "2ranks"])
@@ -157,6 +158,18 @@ def test_refusals_are_local_and_leave_the_communicator_usable(
     after = [torch.ones(2) for _ in comms]
     dpcomm.allreduce_local(comms, after)
     assert after[0].tolist() == [nranks] * 2
+
+
+def test_native_needs_an_engine_whose_library_adds_up(pair: list[dpcomm.Communicator]) -> None:
+    for codec in ("none", "fp16", "bf16"):
+        with pytest.raises(dpcomm.UnsupportedError, match="engine='shm', which uses no library"):
+            pair[0].allreduce(torch.ones(2), codec=codec, algorithm="native")
+    for engine, codec in (("shm", "none"), ("torch", "none"), ("gloo", "fp16")):
+        with pytest.raises(dpcomm.UnsupportedError, match=f"algorithm='native' with engine='{engine}'"):
+            dpcomm.Communicator(rank=0, nranks=1, engine=engine, codec=codec, algorithm="native")
+    (alone,) = dpcomm.init_local(["cpu"])
+    x = torch.full((3,), 1 / 3)
+    assert alone.allreduce(x.clone(), codec="bf16", algorithm="native").equal(x)  # one rank: the identity
 
 
 def test_allreduce_without_a_process_group_says_what_to_call() -> None:

@@ -80,7 +80,7 @@ def test_the_picture_is_marked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     titles: list[str] = []
     monkeypatch.setattr(nccl_rank, "draw_curves", lambda curves, title, ylabel, file: titles.append(title))
     arguments = argparse.Namespace(json=None, plot=tmp_path / "x.png", dtype="float")
-    nccl_rank.write(arguments, {"ranks": 1, "remarks": plans.setting(REHEARSED, 1, 2)}, [])
+    nccl_rank.finish(arguments, [], 1, plans.setting(REHEARSED, 1, 2))
     assert "cpu rehearsal" in titles[0]
     assert "virtual ranks" in titles[0]
 
@@ -138,6 +138,29 @@ def test_one_process_has_virtual_ranks_and_says_so(dtype: str, tmp_path: Path) -
             assert row["time_us"] > 0
         if row["contestant"].startswith("dpcomm gloo"):
             assert (row["time_us"], row["note"]) == (None, "one rank: nothing to move")
+
+
+def test_what_was_measured_before_an_end_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time runs out behind the first size."""
+    file, own = tmp_path / "new" / "rows.json", nccl_rank.measure_size
+
+    def once(entrants: Any, size: int, *arguments: Any) -> Any:
+        if size > SIZES[0]:
+            raise KeyboardInterrupt
+        return own(entrants, size, *arguments)
+
+    monkeypatch.setattr(nccl_rank, "measure_size", once)
+    flags = ["--device", "cpu", "-b", "4K", "-e", "16K", "-n", "1", "-w", "0", "--only", "shm none/ring"]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            nccl_rank.run(plans.parse_arguments([*flags, "--json", str(file)]))
+    finally:
+        torch.distributed.destroy_process_group()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["contestant"], row["size_bytes"]) for row in rows] == [
+        ("gloo", SIZES[0]),
+        ("dpcomm shm none/ring", SIZES[0]),
+    ]
 
 
 def test_wrong_results_of_virtual_ranks_fail_the_run() -> None:
@@ -211,7 +234,9 @@ def test_a_median_is_over_rounds(iterations: int) -> None:
 
 def test_names_on_gpus_are_those_of_the_rehearsal_but_for_who_carries() -> None:
     swapped = [name.replace("gloo", "nccl").replace("shm", "p2p") for name in REHEARSED.names()]
-    assert swapped == plans.CONTESTS["cuda"].names()
+    native = [name for name in plans.CONTESTS["cuda"].names() if name.endswith("/native")]
+    assert native == ["dpcomm nccl fp16/native", "dpcomm nccl bf16/native"]
+    assert [*swapped, *native] == plans.CONTESTS["cuda"].names()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])

@@ -59,6 +59,10 @@ KERNELS: tuple[Kernel, ...] = (
     ("float32", "fp16", "ring"),
 )
 IDS = tuple("-".join(kernel) for kernel in KERNELS)
+# Between the passes of these, one thread plays the library that adds up.
+NATIVE: tuple[Kernel, ...] = tuple((d, c, "native") for d in ("float32", "bfloat16") for c in ("fp16", "bf16"))
+ALL = (*KERNELS, *NATIVE)
+ALL_IDS = tuple("-".join(kernel) for kernel in ALL)
 GUARD = 0xA5  # what lies around every segment
 GUARD_BYTES = 64
 MISMATCH, BUCKET = 1, 2  # Cause and Field of csrc/core/header.h
@@ -231,7 +235,7 @@ def check(program: Path, case: Case, nranks: int, settings: Settings = PLAIN, sh
     assert answer.failure == 0, f"{case}: failure word {answer.failure:#x}"
     want = case.expected(nranks)
     for _ in range(settings.calls - 1):
-        want = reference.allreduce([want] * nranks, case.op, codec=case.codec)
+        want = reference.allreduce([want] * nranks, case.op, codec=case.codec, bit_class=case.bit_class)
     check_bits(answer.segments, want, f"{nranks} ranks, {case}, {settings}")
 
 
@@ -261,7 +265,7 @@ def check_lone_maxima(program: Path, algorithm: str) -> None:
     check_bits(answer.segments, reference.allreduce(inputs, "sum", codec="fp16"), f"lone maxima, {algorithm}")
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
+@pytest.mark.parametrize("kernel", ALL, ids=ALL_IDS)
 def test_bits_of_any_size(program: Path, kernel: Kernel) -> None:
     """Empty, tails, whole groups; the operations in turn, half of them on special values."""
     dtype, codec, algorithm = kernel
@@ -271,13 +275,13 @@ def test_bits_of_any_size(program: Path, kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("nranks", [2, 3, 4, 8])
-@pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
+@pytest.mark.parametrize("kernel", ALL, ids=ALL_IDS)
 def test_segments_of_any_size_and_alignment(program: Path, kernel: Kernel, nranks: int) -> None:
     check_segments(program, kernel, nranks)
 
 
 @pytest.mark.parametrize("nranks", [2, 4])
-@pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
+@pytest.mark.parametrize("kernel", ALL, ids=ALL_IDS)
 def test_calls_in_a_row(program: Path, kernel: Kernel, nranks: int) -> None:
     """Ranks do not meet between calls. The mean of equal replicas goes through the codec again."""
     dtype, codec, algorithm = kernel
@@ -304,6 +308,21 @@ def test_nonfinite_groups_are_counted_once(program: Path) -> None:
     answer = call(program, Case((512,), codec="fp16", algorithm="direct"), inputs)
     assert answer.nonfinite_groups == 2
     assert [int(np.isnan(xs[0]).sum()) for xs in answer.segments] == [1, 1]
+
+
+@pytest.mark.parametrize(("codec", "halfway"), [("fp16", 0x477FF000), ("bf16", 0x7F7F8000)])
+def test_what_16_bits_cannot_hold_is_counted(program: Path, codec: str, halfway: int) -> None:
+    """Each rank's own codes: a NaN, the least number that rounds to infinity (not the one below it); then sums."""
+    least = np.uint32(halfway).view(np.float32)  # bits, half of the last place beyond the largest code
+    inputs = [[np.ones(4 * 256, np.float32)] for _ in range(2)]
+    inputs[0][0][[255, 256]] = np.nan, least
+    inputs[1][0][513] = np.nextafter(least, np.float32(0))
+    inputs[0][0][600] = inputs[1][0][600] = np.float32(0.75) * least
+    case = Case((1024,), codec=codec, algorithm="native")
+    answer = call(program, case, inputs)
+    assert answer.nonfinite_groups == 2
+    check_bits(answer.segments, reference.allreduce(inputs, codec=codec, bit_class="native"), str(case))
+    assert [int(np.isinf(xs[0]).sum()) for xs in answer.segments] == [2, 2]
 
 
 @pytest.mark.parametrize("nranks", [2, 4])

@@ -140,7 +140,7 @@ def test_26_a_slow_line_is_no_time_out(net: Hosts) -> None:
     finally:
         net.shape(None)
     for bit_class, took, total in results:
-        assert bit_class == "carrier"
+        assert bit_class == "native"
         assert took > 1.2  # control: more than the limit
         assert total == 6.0
 

@@ -39,7 +39,7 @@ def clock(size_bytes: int, fraction: float) -> Callable[[Subject, int], float]:
         assert repeats >= 3
         if subject.kind == "empty":
             return 2.0
-        speed = {"memcpy": COPY_GB_S, "hook": HOOK_GB_S}.get(subject.kind, COPY_GB_S * subject.ctas / 132)
+        speed = {"memcpy": COPY_GB_S, "hook": HOOK_GB_S}.get(subject.kind, COPY_GB_S * min(subject.ctas, 132) / 132)
         if subject.kind not in ("memcpy", "hook", "copy"):
             speed *= fraction
         return plans.moved_bytes(subject, size_bytes) / speed / 1e3
@@ -74,6 +74,9 @@ def measured(size_bytes: int, fraction: float = 0.95, wrong: str = "") -> list[R
         ("add", "fp16", 513 + 1024 + 513),
         ("reduce", "none", 4 * 1024),
         ("reduce", "fp16", 513 + 513 + 1024 + 513),
+        ("cast", "fp16", 1024 + 512),
+        ("cast", "bf16", 1024 + 512),
+        ("widen", "bf16", 512 + 1024),
         ("copy", "none", 2 * 1024),
         ("memcpy", "none", 2 * 1024),
         ("hook", "none", 16 * 256),  # 6 + 4 + 6 bytes an element
@@ -92,7 +95,7 @@ def test_bytes_of_sixteen_bit_tensors_and_of_lists() -> None:
     many = Subject("encode", 1, "fp16", many=True)
     counts = plans.counts_of(many, 40_000)
     assert counts == [4000, 4000, 2000]
-    assert plans.wire_bytes(many, counts) == (16 + 16 + 8) * 513  # each tensor starts a group of its own
+    assert many.message_bytes(counts) == (16 + 16 + 8) * 513  # each tensor starts a group of its own
 
 
 @pytest.mark.parametrize("size_mib", [1, 25, 64, 256])
@@ -119,7 +122,8 @@ def test_every_cta_has_as_many_slices(size_mib: int, ctas: int, codec: str) -> N
 def test_every_pass_is_measured_once_for_each_number_of_ctas() -> None:
     rows = measured(25 * MIB)
     keys = [(row.kind, row.codec, row.dtype, row.tensors, row.ctas) for row in rows]
-    assert len(set(keys)) == len(keys) == 3 + len(CTAS) * (1 + 14)
+    assert len(set(keys)) == len(keys) == 3 + len(CTAS) * (1 + 14 + 4) + 4
+    assert ("widen", "bf16", "float32", 1, 4 * max(CTAS)) in keys
     for ctas in CTAS:
         assert ("reduce", "fp16", "float32", 1, ctas) in keys
         assert ("decode", "none", "bfloat16", 1, ctas) in keys
@@ -169,15 +173,17 @@ def test_rounds_begin_with_different_subjects_and_medians_count() -> None:
 
 def test_goals_are_reached_missed_or_not_measured() -> None:
     rows = measured(25 * MIB, 0.9) + measured(64 * MIB, 0.9)
-    at_64, at_25, hook = plans.outcomes(rows)
+    at_64, at_25, hook, native = plans.outcomes(rows)
     assert (at_64.reached, at_25.reached) == (False, True)
     assert str(at_64).endswith("missed")
     assert str(at_25).endswith("reached")
     # 16 bytes an element at 2000 GB/s against 2 * 1537/256 at 0.9 * 2500 GB/s
     assert hook.measured == "1.50x"
     assert hook.reached
-    assert plans.outcomes(measured(25 * MIB, 0.7))[2].reached is False
-    assert [each.reached for each in plans.outcomes(measured(MIB))] == [None, None, None]
+    assert native.measured == "1.50x"  # 12 bytes at 0.9 * 2500 GB/s
+    assert native.reached
+    assert [each.reached for each in plans.outcomes(measured(25 * MIB, 0.7))[2:]] == [False, False]
+    assert [each.reached for each in plans.outcomes(measured(MIB))] == [None] * 4
     assert str(plans.outcomes([])[0]).endswith("not measured")
 
 
@@ -241,6 +247,10 @@ def test_expected_bits_of_the_other_passes() -> None:
         many, np.concatenate([through(first[:4000]), through(first[4000:8000]), through(first[8000:])])
     )
     assert not np.array_equal(many, through(first))  # groups of a list begin anew with each tensor
+    wide = np.where(np.abs(first) < 60000, first, np.float32(1))  # plain half precision holds no more
+    for codec, wire in (("fp16", np.dtype(np.float16)), ("bf16", reference.BFLOAT16)):
+        bits = gpu_passes_device.expected_bits(Subject("cast", 1, codec), wide, wide, [9000])
+        assert np.array_equal(bits.view(np.float32), reference.widen(reference.narrow(wide / np.float32(2), wire)))
     halves = reference.to_bf16(first)
     bits = gpu_passes_device.expected_bits(Subject("encode", 1, "fp16", "bfloat16"), halves, halves, [9000])
     assert np.array_equal(bits, reference.to_bf16(through(reference.from_bf16(halves))))
@@ -271,7 +281,7 @@ def test_table_json_and_plot(tmp_path: Path) -> None:
     assert written["environment"] == ENVIRONMENT
     assert written["plan"]["ctas"] == [8, 132]
     assert len(written["rows"]) == len(rows)
-    assert [goal["reached"] for goal in written["goals"]] == [None, True, True]
+    assert [goal["reached"] for goal in written["goals"]] == [None, True, True, True]
     gpu_kernels.draw(rows, "GPU", tmp_path / "new" / "passes.png")
     assert (tmp_path / "new" / "passes.png").read_bytes().startswith(b"\x89PNG")
 

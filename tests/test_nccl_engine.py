@@ -38,6 +38,19 @@ CASES = (
     + [Case((300, 0, 7, 1021), op="mean", codec=c, algorithm=a, special=True) for c, a in FLOATS]
     + [Case((7, 40) * 60, codec=c, algorithm="direct") for c in ("none", "fp16")]
 )
+SIXTEEN = ("fp16", "bf16")
+# The stand-in adds in rank order, as the reference of class native does; NCCL may choose another.
+NATIVE = (
+    [
+        Case((n,), dtype, op, codec, "native", special=True)
+        for dtype, codec in (("float32", "fp16"), ("float32", "bf16"), ("float16", "bf16"), ("float16", "fp16"))
+        for op in ("sum", "mean")
+        for n in SMALL
+    ]
+    + [Case((LARGE,), op=op, codec=codec, algorithm="native") for op in ("sum", "mean") for codec in SIXTEEN]
+    + [Case((300, 0, 7, 1021), op="mean", codec=codec, algorithm="native", special=True) for codec in SIXTEEN]
+    + [Case((7, 40) * 60, codec=codec, algorithm="native") for codec in SIXTEEN]
+)
 
 
 def run_on(member: Member, todo: list[Case]) -> list[str]:
@@ -81,6 +94,13 @@ def run_cases(_: int, __: int, nranks: int, todo: list[Case]) -> list[list[str]]
 def test_bits_equal_the_reference(nccl: Process, nranks: int) -> None:
     results = nccl.run(run_cases, nranks, CASES)
     for i, case in enumerate(CASES):
+        assert {per_rank[i] for per_rank in results} == {digest(case.expected(nranks))}, case
+
+
+@pytest.mark.parametrize("nranks", RANKS, ids=lambda n: f"{n}ranks")
+def test_codes_that_nccl_adds_up(nccl: Process, nranks: int) -> None:
+    results = nccl.run(run_cases, nranks, NATIVE)
+    for i, case in enumerate(NATIVE):
         assert {per_rank[i] for per_rank in results} == {digest(case.expected(nranks))}, case
 
 
@@ -247,7 +267,9 @@ def describe(_: int, __: int, options: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("options", "algorithm", "bit_class"),
     [
-        ({}, "carrier", "carrier"),
+        ({}, "native", "native"),
+        ({"codec": "bf16", "algorithm": "native"}, "native", "native"),
+        ({"codec": "fp16", "algorithm": "native"}, "native", "native"),
         ({"codec": "fp16"}, "direct", "rank_order"),
         ({"algorithm": "direct"}, "direct", "rank_order"),
         ({"codec": "fp16", "algorithm": "ring", "max_ctas": 2}, "ring", "ring"),

@@ -25,25 +25,51 @@ pytestmark = [
     pytest.mark.skipif(gpu_code.find_nvcc() is None, reason="no nvcc: CUDA sources cannot be compiled here"),
 ]
 
-UNITS = ("step_fp16", "step_half", "step_float", "step_whole", "call_ends")
+UNITS = ("step_fp16", "step_half", "step_float", "step_whole", "native", "call_ends")
 MOST_REGISTERS = 128  # of 512 lanes: one CTA fits on every SM
 STEPS = re.compile(
     r"\w*?5stepsI\w*?\d(None|Fp16)I\w*?(Float32|Float64|Float16|Bfloat16|5WholeI[il])\w*?AlgorithmE([123])E\w*"
 )
+PASSES = re.compile(
+    r"\w*?(cast_values|widen_codes)I\w*?6NativeI\w*?\d(Float32|Float16|Bfloat16)E(?:\w*?\d(Float16|Bfloat16)E|S\w_)E\w*"
+)
 ENDS = re.compile(r"\w*?(begin|end)E?\d*\w*?(Begin|End)Launch\w*")
 
 
+class Pass(NamedTuple):
+    """One of the kernels around NCCL's own all-reduce in 16 bits."""
+
+    name: str
+    dtype: str
+    wire: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}-{self.wire}"
+
+
+NATIVE = tuple(
+    Pass(name, dtype, wire)
+    for name in ("cast_values", "widen_codes")
+    for dtype in gpu_code.CODINGS["fp16"]
+    for wire in ("float16", "bfloat16")
+)
+MOST_OF_NATIVE = 64  # registers: at least two of its CTAs fit on every SM
+Name = Kernel | Pass | str  # a string: an end of a call
+
+
 class Read(NamedTuple):
-    """What the compiler says and makes of each kernel: (architecture, kernel or the name of an end of a call)."""
+    """What the compiler says and makes of each kernel: (architecture, kernel)."""
 
-    usage: dict[tuple[str, Kernel | str], gpu_code.Usage]
-    ptx: dict[tuple[str, Kernel | str], str]
+    usage: dict[tuple[str, Name], gpu_code.Usage]
+    ptx: dict[tuple[str, Name], str]
 
 
-def named(mangled: str) -> Kernel | str:
+def named(mangled: str) -> Name:
     if match := STEPS.fullmatch(mangled):
         element = gpu_code.ELEMENTS.get(match[2], match[2].lower())
         return Kernel(match[1].lower(), element, gpu_code.ALGORITHMS[int(match[3]) - 1])
+    if match := PASSES.fullmatch(mangled):
+        return Pass(match[1], match[2].lower(), (match[3] or match[2]).lower())
     match = ENDS.fullmatch(mangled)
     assert match, mangled
     return match[2].lower()
@@ -68,19 +94,13 @@ def compiled() -> Read:
     return read(gpu_code.FOLDER, UNITS, ARCHITECTURES)
 
 
-def faults(compiled: Read, architecture: str, kernel: Kernel) -> set[str]:
-    """Every broken rule, by a short name."""
-    usage, ptx = compiled.usage[architecture, kernel], compiled.ptx[architecture, kernel]
+def forbidden(compiled: Read, architecture: str, name: Name, most_registers: int) -> set[str]:
+    """Every broken rule that all kernels have, by a short name."""
+    usage, ptx = compiled.usage[architecture, name], compiled.ptx[architecture, name]
     ops = opcodes(ptx)
     found = set()
-    if usage.stack_bytes or usage.spill_bytes or usage.registers > MOST_REGISTERS:
+    if usage.stack_bytes or usage.spill_bytes or usage.registers > most_registers:
         found.add("stack or registers")
-    sites: Sites = SITES[kernel.codec, kernel.algorithm]
-    user, slot = kernel.element_bytes * 8 // 16, kernel.code_bytes * 8 // 16
-    if whole(ops, "ld") < sites.user_loads * user + sites.slot_loads * slot:
-        found.add("narrow ld")
-    if whole(ops, "st") < sites.user_stores * user + sites.slot_stores * slot:
-        found.add("narrow st")
     if any(re.fullmatch(ORDERED, op) for op in ops) or count(ops, r"bar(rier)?\..*"):
         found.add("waits")
     if count(ops, r"ld(\.\w+)*\.nc(\.\w+)*|ldu\..*|tex\..*"):
@@ -89,10 +109,38 @@ def faults(compiled: Read, architecture: str, kernel: Kernel) -> set[str]:
         found.add("arithmetic")
     if count(ops, r"trap|brkpt|call(\..*)?|(ld|st)\.local.*") or ".local" in ptx:
         found.add("trap, call or local memory")
-    if kernel.codec == "fp16" and not ops["redux.sync.max.s32"]:
-        found.add("shuffles")
     if any(other in ptx for other in HARDWARE_NAN):
         found.add("NaN")
+    return found
+
+
+def faults(compiled: Read, architecture: str, kernel: Kernel) -> set[str]:
+    """Of a kernel of steps."""
+    found = forbidden(compiled, architecture, kernel, MOST_REGISTERS)
+    ops = opcodes(compiled.ptx[architecture, kernel])
+    sites: Sites = SITES[kernel.codec, kernel.algorithm]
+    user, slot = kernel.element_bytes * 8 // 16, kernel.code_bytes * 8 // 16
+    if whole(ops, "ld") < sites.user_loads * user + sites.slot_loads * slot:
+        found.add("narrow ld")
+    if whole(ops, "st") < sites.user_stores * user + sites.slot_stores * slot:
+        found.add("narrow st")
+    if kernel.codec == "fp16" and not ops["redux.sync.max.s32"]:
+        found.add("shuffles")
+    return found
+
+
+def native_faults(compiled: Read, architecture: str, kernel: Pass) -> set[str]:
+    """Of a pass around NCCL's all-reduce: values on one side, eight codes at once on the other."""
+    found = forbidden(compiled, architecture, kernel, MOST_OF_NATIVE)
+    ops = opcodes(compiled.ptx[architecture, kernel])
+    casts = kernel.name == "cast_values"
+    values = 2 if kernel.dtype == "float32" else 1
+    if whole(ops, "ld") < (values if casts else 1):
+        found.add("narrow ld")
+    if whole(ops, "st") < (1 if casts else values):
+        found.add("narrow st")
+    if casts and not ops["redux.sync.max.s32"]:
+        found.add("shuffles")
     return found
 
 
@@ -100,6 +148,12 @@ def faults(compiled: Read, architecture: str, kernel: Kernel) -> set[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_steps_keep_the_rules(compiled: Read, architecture: str, kernel: Kernel) -> None:
     assert faults(compiled, architecture, kernel) == set(), compiled.usage[architecture, kernel]
+
+
+@pytest.mark.parametrize("kernel", NATIVE, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_passes_around_nccl_keep_the_rules(compiled: Read, architecture: str, kernel: Pass) -> None:
+    assert native_faults(compiled, architecture, kernel) == set(), compiled.usage[architecture, kernel]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -115,7 +169,7 @@ def test_ends_of_a_call_talk_to_the_host(compiled: Read, architecture: str) -> N
 
 
 def test_every_kernel_is_read(compiled: Read) -> None:
-    wanted = {(a, k) for a in ARCHITECTURES for k in (*KERNELS, "begin", "end")}
+    wanted = {(a, k) for a in ARCHITECTURES for k in (*KERNELS, *NATIVE, "begin", "end")}
     assert compiled.usage.keys() == wanted
     assert compiled.ptx.keys() == wanted
     assert {path.stem for path in (CSRC / "nccl").glob("*.cu")} == set(UNITS)

@@ -36,7 +36,7 @@ class Player {
         ring();
         break;
       case Algorithm::automatic:
-      case Algorithm::carrier:
+      case Algorithm::native:
         break;  // the engine has chosen
     }
     stepper_.pause();

@@ -26,7 +26,7 @@ DPCOMM_HD bool all_reduce(Lanes& lanes, const Team& t, const Bucket& bucket, con
     case Algorithm::ring:
       return all_reduce_by<Codec, Algorithm::ring>(lanes, t, bucket, header);
     case Algorithm::automatic:
-    case Algorithm::carrier:
+    case Algorithm::native:
       break;  // the engine has chosen
   }
   return false;

@@ -18,7 +18,7 @@ constexpr Function* of_algorithm(Algorithm algorithm, Function* direct, Function
     case Algorithm::ring:
       return ring;
     case Algorithm::automatic:
-    case Algorithm::carrier:
+    case Algorithm::native:
       break;
   }
   return nullptr;
@@ -28,6 +28,7 @@ constexpr Function* of_algorithm(Algorithm algorithm, Function* direct, Function
 // refuse, it is not called, and the result is false or nothing.
 template <class Play>
 auto with_codec(const Header& header, const Play& play) -> decltype(play(None<Float32>())) {
+  if (CodecKind(header.codec) == CodecKind::bf16) return decltype(play(None<Float32>()))();
   const bool fp16 = CodecKind(header.codec) == CodecKind::fp16;
   switch (Dtype(header.dtype)) {
     case Dtype::float32:

@@ -62,7 +62,7 @@ DPCOMM_HD void all_reduce_step(Lanes& lanes, const Team& t, const Bucket& bucket
     case Algorithm::ring:
       return ring_step<Codec>(lanes, t, bucket, header, step);
     case Algorithm::automatic:
-    case Algorithm::carrier:
+    case Algorithm::native:
       break;  // the engine has chosen
   }
 }

@@ -10,9 +10,9 @@ constexpr uint32_t kLayout = 2;  // version of everything below csrc/core that t
 
 enum class Op : uint8_t { sum, mean, min, max };
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16, int32, int64 };
-enum class CodecKind : uint8_t { none, fp16 };
-// carrier: none of ours, what carries the messages adds up itself (csrc/carried). Chosen by automatic only.
-enum class Algorithm : uint8_t { automatic, direct, oneshot, ring, carrier };
+enum class CodecKind : uint8_t { none, fp16, bf16 };  // bf16: of native only
+// native: none of ours, the library that carries the messages adds up itself. Its codecs are plain 16 bits (native.h).
+enum class Algorithm : uint8_t { automatic, direct, oneshot, ring, native };
 // What lies between the ranks: memory that all of them see, or something that takes a message to one peer.
 enum class Reach : uint8_t { memory, network };
 
@@ -31,9 +31,21 @@ constexpr int64_t element_bytes(Dtype dtype) {
   return 0;
 }
 
-// Bytes that a group takes in a message: its codes, and for fp16 one int8 exponent.
+// Bytes that a group takes in a message of ours: its codes, and for fp16 one int8 exponent.
 constexpr int64_t group_bytes(Dtype dtype, CodecKind codec) {
-  return codec == CodecKind::fp16 ? kGroup * 2 + 1 : kGroup * element_bytes(dtype);
+  switch (codec) {
+    case CodecKind::none:
+      return kGroup * element_bytes(dtype);
+    case CodecKind::fp16:
+      return kGroup * 2 + 1;
+    case CodecKind::bf16:
+      return kGroup * 2;
+  }
+  return 0;
+}
+// The same where a library adds up.
+constexpr int64_t native_group_bytes(Dtype dtype, CodecKind codec) {
+  return kGroup * (codec == CodecKind::none ? element_bytes(dtype) : 2);
 }
 
 // What "auto" stands for: a fixed table of data that are equal on all ranks. Its two entries give the same bits; ring

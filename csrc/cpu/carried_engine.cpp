@@ -97,7 +97,8 @@ void CarriedEngine::verify(double timeout_s, const std::string& name) {
 void CarriedEngine::allreduce(const Call& call) {
   origin_.refuse_fork();
   if (plane_->failure() != 0) throw cause_error(&call, false);
-  if (!served(call)) throw failure_text().unserved(call);
+  const bool native = call.algorithm == Algorithm::native;
+  if (native ? !adds_up(call) : !served(call)) throw failure_text().unserved(call);
   if (team_.nranks == 1) return;
   Bucket bucket{};
   const Header header = begin(call, bucket);
@@ -110,7 +111,7 @@ Header CarriedEngine::begin(const Call& call, Bucket& bucket) {
   bucket = {segments_.data(), int64_t(segments_.size()), groups};
   Header header = header_of(call, groups, team_.nranks, Reach::network);
   header.sequence = ++sequence_;
-  if (steps_aside(call, groups)) header.algorithm = uint8_t(Algorithm::carrier);
+  if (steps_aside(call, groups)) header.algorithm = uint8_t(Algorithm::native);
   const int64_t chunk_bytes = groups * group_bytes(call.dtype, call.codec) / parts_of(header, team_.nranks);
   team_.slice_bytes = std::clamp(chunk_bytes / kSlices, std::min(kLeastSliceBytes, team_.slot_bytes), team_.slot_bytes);
   return header;
@@ -129,7 +130,7 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
   const int64_t bytes = group_bytes(call.dtype, call.codec);
   const CarriedCall carried{team_, bucket, header, bytes, timeout_s_};
   Timed steps(isa_, carried);
-  const bool aside = Algorithm(header.algorithm) == Algorithm::carrier;
+  const bool aside = Algorithm(header.algorithm) == Algorithm::native;
   const Arrival end = aside ? add_by_carrier(call) : play(*carrier_, steps, carried);
   steps.pause();
   if (end.kind != Arrival::Kind::here) fail_arrival(call, end);
@@ -139,14 +140,18 @@ void CarriedEngine::move(const Call& call, const Header& header, const Bucket& b
   stats_.nonfinite_groups += steps.tally.nonfinite_groups;
 }
 
+bool CarriedEngine::adds_up(const Call& call) const {
+  return call.codec == CodecKind::none && call.op <= Op::mean && carrier_->adds(call.dtype);
+}
+
 // Values that nothing encodes gain nothing here: the carrier's own all-reduce sends the same bytes
 // (docs/performance.md). A fixed rule, from data that are equal on all ranks.
 bool CarriedEngine::steps_aside(const Call& call, int64_t groups) const {
+  if (call.algorithm != Algorithm::automatic || !adds_up(call)) return call.algorithm == Algorithm::native;
   const int64_t bytes = groups * group_bytes(call.dtype, call.codec);
   const int64_t tensors = std::max<int64_t>(1, int64_t(call.counts.size()));  // each an all-reduce of its own
   const int64_t least = aside_bytes(team_.nranks);
-  return least > 0 && call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && call.op <= Op::mean &&
-         bytes >= least && bytes / tensors >= kLeastSliceBytes / 2 && carrier_->adds(call.dtype);
+  return least > 0 && bytes >= least && bytes / tensors >= kLeastSliceBytes / 2;
 }
 
 Arrival CarriedEngine::add_by_carrier(const Call& call) {

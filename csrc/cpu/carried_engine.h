@@ -57,6 +57,7 @@ class CarriedEngine final : public Engine {
   Header begin(const Call& call, Bucket& bucket);
   void agree(const Call& call, const Header& header);
   void move(const Call& call, const Header& header, const Bucket& bucket);
+  bool adds_up(const Call& call) const;  // whether the carrier does
   bool steps_aside(const Call& call, int64_t groups) const;
   Arrival add_by_carrier(const Call& call);
   [[noreturn]] void fail_arrival(const Call& call, const Arrival& arrival);

@@ -4,6 +4,7 @@ namespace dpcomm {
 
 const void* p2p_kernel(Dtype dtype, CodecKind codec, Algorithm algorithm) {
   if (codec == CodecKind::fp16) return p2p_kernel_fp16(dtype, algorithm);
+  if (codec != CodecKind::none) return nullptr;
   switch (dtype) {
     case Dtype::float32:
     case Dtype::float64:

@@ -29,8 +29,10 @@ struct PassLanes {
   __device__ void nonfinite_group() const {}
 };
 
+constexpr bool is_native(PassKind kind) { return kind == PassKind::cast || kind == PassKind::widen; }
+
 template <PassKind kind, class Codec>
-__global__ void __launch_bounds__(kThreads, 1) pass(const __grid_constant__ PassArguments a) {
+__global__ void __launch_bounds__(kThreads, is_native(kind) ? 2 : 1) pass(const __grid_constant__ PassArguments a) {
   PassLanes lanes;
   run_channel<kind, Codec>(lanes, a, int(blockIdx.x), int(gridDim.x));
 }
@@ -65,17 +67,35 @@ Kernel kernel_of(PassKind kind) {
   return nullptr;
 }
 
-Kernel choose_kernel(const PassCall& call) {
+template <class Codec>
+Kernel native_kernel_of(PassKind kind) {
+  return kind == PassKind::cast ? pass<PassKind::cast, Codec> : pass<PassKind::widen, Codec>;
+}
+
+Kernel choose_native_kernel(const PassCall& call) {
+  if (call.dtype != Dtype::float32) return nullptr;
+  if (call.codec == CodecKind::fp16) return native_kernel_of<Native<Float32, Float16>>(call.kind);
+  return call.codec == CodecKind::bf16 ? native_kernel_of<Native<Float32, Bfloat16>>(call.kind) : nullptr;
+}
+
+Kernel choose_tile_kernel(const PassCall& call) {
+  if (call.codec == CodecKind::bf16) return nullptr;
   Kernel kernel = nullptr;
   const bool none = call.codec == CodecKind::none;
   if (call.dtype == Dtype::float32)
     kernel = none ? kernel_of<None<Float32>>(call.kind) : kernel_of<Fp16<Float32>>(call.kind);
   if (call.dtype == Dtype::bfloat16)
     kernel = none ? kernel_of<None<Bfloat16>>(call.kind) : kernel_of<Fp16<Bfloat16>>(call.kind);
+  return kernel;
+}
+
+Kernel choose_kernel(const PassCall& call) {
+  const Kernel kernel = is_native(call.kind) ? choose_native_kernel(call) : choose_tile_kernel(call);
   if (kernel == nullptr)
     throw Error(Code::unsupported,
                 std::string("pass ") + name_of(call.kind) +
-                    " has no kernel for this dtype. Use float32; encode and decode have bfloat16 too.");
+                    " has no kernel for this dtype and codec. Use float32; encode and decode have bfloat16 too. cast "
+                    "and widen have codecs fp16 and bf16, the others none and fp16.");
   return kernel;
 }
 
@@ -85,6 +105,8 @@ size_t messages_of(PassKind kind) {
   switch (kind) {
     case PassKind::encode:
     case PassKind::decode:
+    case PassKind::cast:
+    case PassKind::widen:
     case PassKind::copy:
     case PassKind::memcpy:
       return 1;
@@ -110,7 +132,8 @@ struct Layout {
 };
 
 Layout layout_of(const PassCall& call) {
-  const int64_t bytes = group_bytes(call.dtype, call.codec);
+  const bool native = is_native(call.kind);
+  const int64_t bytes = native ? native_group_bytes(call.dtype, call.codec) : group_bytes(call.dtype, call.codec);
   const int64_t most = most_groups(call.slice_bytes, call.slice_bytes, bytes);
   const Chunks chunks = Chunks::cut(groups_in(call.counts), 1, most);
   return {most, (chunks.slice_groups * bytes + kMessageAlign - 1) / kMessageAlign * kMessageAlign, chunks.slices};
@@ -121,7 +144,7 @@ void require(bool ok, const char* what) {
 }
 
 void check_shape(const PassCall& call) {
-  require(call.kind <= PassKind::empty && call.codec <= CodecKind::fp16 && call.dtype <= Dtype::int64,
+  require(call.kind <= PassKind::empty && call.codec <= CodecKind::bf16 && call.dtype <= Dtype::int64,
           "kind, codec or dtype is unknown.");
   require(call.ctas >= 1 && call.ctas <= 65535 && call.repeats >= 1, "ctas and repeats must be at least 1.");
   require(call.slice_bytes >= 1, "slice_bytes must be at least 1.");
@@ -281,6 +304,10 @@ const char* name_of(PassKind kind) {
       return "add";
     case PassKind::reduce:
       return "reduce";
+    case PassKind::cast:
+      return "cast";
+    case PassKind::widen:
+      return "widen";
     case PassKind::copy:
       return "copy";
     case PassKind::memcpy:

@@ -15,6 +15,10 @@ bool encodable(Dtype dtype) { return dtype == Dtype::float32 || dtype == Dtype::
 }  // namespace
 
 bool served(const Call& call) {
+  return call.algorithm != Algorithm::native && call.codec != CodecKind::bf16 && served_natively(call);
+}
+
+bool served_natively(const Call& call) {
   return call.codec == CodecKind::none || (encodable(call.dtype) && call.op <= Op::mean);
 }
 
@@ -61,7 +65,10 @@ void count_call(Stats& stats, const Header& header, int64_t groups, int rank, in
   const Dtype dtype = Dtype(header.dtype);
   ++stats.calls;
   stats.input_bytes += header.numel * element_bytes(dtype);
-  stats.wire_bytes += wire_groups(header, groups, rank, nranks, reach) * group_bytes(dtype, CodecKind(header.codec));
+  const CodecKind codec = CodecKind(header.codec);
+  const bool native = Algorithm(header.algorithm) == Algorithm::native;
+  const int64_t of_a_group = native ? native_group_bytes(dtype, codec) : group_bytes(dtype, codec);
+  stats.wire_bytes += wire_groups(header, groups, rank, nranks, reach) * of_a_group;
 }
 
 }  // namespace dpcomm

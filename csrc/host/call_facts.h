@@ -7,8 +7,9 @@
 
 namespace dpcomm {
 
-// Whether the codec serves the dtype and the operation.
+// Whether the codec serves the dtype and the operation; for algorithms of ours, and where a library adds up (native).
 bool served(const Call& call);
+bool served_natively(const Call& call);
 
 // The call's segments in `table`, which keeps its capacity; returns their groups. At least one segment, if an empty
 // one.

@@ -109,9 +109,14 @@ std::string FailureText::prefix(Code code, const Call* call) const {
 }
 
 Error FailureText::unserved(const Call& call) const {
-  return Error(Code::unsupported,
-               prefix(Code::unsupported, &call) +
-                   "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec none.");
+  const char* why = "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec none.";
+  if (call.codec == CodecKind::bf16) why = "codec bf16 is of algorithm native, of engine nccl. Use codec fp16.";
+  if (call.algorithm == Algorithm::native)
+    why =
+        "algorithm native is the all-reduce of a library: engine nccl has one (codecs none, fp16 and bf16; minima and "
+        "maxima of whole numbers only), and engine gloo (codec none, sum and mean of float32 and float64). Use "
+        "algorithm auto.";
+  return Error(Code::unsupported, prefix(Code::unsupported, &call) + why);
 }
 
 std::string FailureText::process(int r) const {

@@ -25,7 +25,7 @@ struct FailureText {
 
   // "[dpcomm:TIMEOUT] rank 0/2 comm=ab12 seq=17 allreduce(sum, float32, 4): "
   std::string prefix(Code code, const Call* call) const;
-  // Where a codec does not serve the call's dtype or operation.
+  // Where the algorithm or the codec does not serve the call.
   Error unserved(const Call& call) const;
   // `here`: the caller is told the cause itself, if it is a fact about the group; else that it was aborted, and why.
   Error explain(const Failure& failure, const Call* call, bool here) const;

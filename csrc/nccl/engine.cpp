@@ -7,6 +7,7 @@
 #include "../host/call_facts.h"
 #include "../host/pattern.h"
 #include "../host/watchdog.h"
+#include "native_kernels.h"
 #include "on_stream.h"
 #include "step_kernels.h"
 
@@ -36,38 +37,7 @@ void require_usable(int device) {
   // Error(version) where they were built for other GPUs.
   for (const void* kernel : {begin_kernel(), end_kernel()}) threads_of(kernel, device);
   for (const void* kernel : kernels_of(step_kernel)) threads_of(kernel, device);
-}
-
-nccl::DataType nccl_type(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32:
-      return nccl::DataType::float32;
-    case Dtype::float64:
-      return nccl::DataType::float64;
-    case Dtype::float16:
-      return nccl::DataType::float16;
-    case Dtype::bfloat16:
-      return nccl::DataType::bfloat16;
-    case Dtype::int32:
-      return nccl::DataType::int32;
-    case Dtype::int64:
-      return nccl::DataType::int64;
-  }
-  return nccl::DataType::uint8;
-}
-
-nccl::RedOp nccl_op(Op op) {
-  switch (op) {
-    case Op::sum:
-      return nccl::RedOp::sum;
-    case Op::mean:
-      return nccl::RedOp::avg;
-    case Op::min:
-      return nccl::RedOp::min;
-    case Op::max:
-      return nccl::RedOp::max;
-  }
-  return nccl::RedOp::sum;
+  for (const void* kernel : native_kernels()) threads_of(kernel, device);
 }
 
 void nap() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
@@ -83,7 +53,10 @@ void park(const std::shared_ptr<NcclMemory>& memory) {
 }  // namespace
 
 NcclMemory::NcclMemory(int rank, int nranks, const NcclWish& wish)
-    : slot_bytes(slot_bytes_for(nranks, wish)), scratch(rank, nranks, kCarriedSlots, slot_bytes), nonfinite_groups(1) {
+    : slot_bytes(slot_bytes_for(nranks, wish)),
+      native_bytes(Scratch::common_bytes(nranks, kCarriedSlots, slot_bytes)),
+      scratch(rank, nranks, kCarriedSlots, slot_bytes),
+      nonfinite_groups(1) {
   void* p = nullptr;
   check_cuda(cudaHostAlloc(&p, sizeof(CallState), cudaHostAllocPortable), "cudaHostAlloc");
   state = new (p) CallState{};
@@ -103,6 +76,7 @@ NcclEngine::NcclEngine(Place p)
       stream_(p.device),
       events_(kFirstEvents),
       memory_(std::make_shared<NcclMemory>(p.rank, int(peers_.size()), p.wish)),
+      asked_ctas_(p.wish.max_ctas),
       most_ctas_(p.wish.max_ctas > 0 ? p.wish.max_ctas : attribute(cudaDevAttrMultiProcessorCount, p.device)),
       comm_(NcclCommunicator::make(p.library)) {
   const int64_t slot_bytes = memory_->slot_bytes;
@@ -162,7 +136,8 @@ void NcclEngine::allreduce(const Call&) {
 
 std::shared_ptr<Pending> NcclEngine::enqueue(const Call& call, uintptr_t stream) {
   refuse_fork();
-  if (!served(call)) throw failure_text().unserved(call);
+  const bool native = call.algorithm == Algorithm::native;
+  if (native ? !adds_up(call) : !served(call)) throw failure_text().unserved(call);
   if (int64_t(call.counts.size()) > SegmentTables::kMost)
     throw Error(Code::unsupported, prefix(Code::unsupported, &call) + std::to_string(call.counts.size()) +
                                        " tensors in one call, and " + std::to_string(SegmentTables::kMost) +
@@ -191,7 +166,7 @@ std::shared_ptr<Pending> NcclEngine::put(const Call& call, cudaStream_t stream) 
   const std::exception_ptr moving = attempt(call, [&] {
     BeginLaunch begin{memory_->state};
     launch(begin_kernel(), 1, &begin);
-    return Algorithm(flight.header.algorithm) == Algorithm::carrier ? add_by_nccl(flight) : move(flight);
+    return Algorithm(flight.header.algorithm) == Algorithm::native ? add_natively(flight) : move(flight);
   });
   if (moving) {  // what NCCL's own threads had still to put on a stream comes before the end, too, or not at all
     for (const auto until = after(kCloseS); !comm_->abort_has_returned() && Clock::now() < until;) nap();
@@ -236,36 +211,11 @@ NcclEngine::Flight NcclEngine::prepare(const Call& call, bool capturing) {
   else
     table.segments = memory_->tables.put(segments_, stream_.get(), capturing, timeout_s_);
   flight.header = header_of(call, table.groups, nranks(), Reach::network);
-  if (steps_aside(call)) flight.header.algorithm = uint8_t(Algorithm::carrier);
+  if (steps_aside(call)) flight.header.algorithm = uint8_t(Algorithm::native);
   flight.header.sequence = ++sequence_;
   plane_->note_call(sequence_);
   ledger_->post(flight.header);
   return flight;
-}
-
-// Nothing beats NCCL's own all-reduce where no codec makes less of the bytes. But its minima and maxima of real numbers
-// lose NaNs.
-bool NcclEngine::steps_aside(const Call& call) const {
-  const bool real = call.dtype != Dtype::int32 && call.dtype != Dtype::int64;
-  return call.algorithm == Algorithm::automatic && call.codec == CodecKind::none && (call.op <= Op::mean || !real);
-}
-
-Arrival NcclEngine::add_by_nccl(const Flight& flight) {
-  const Call& call = flight.call;
-  try {
-    comm_->group(
-        [&](const nccl::Api& api, nccl::Comm comm) {
-          for (size_t i = 0; i < call.counts.size(); ++i)
-            if (call.counts[i] > 0)
-              comm_->took(api.AllReduce(call.addresses[i], call.addresses[i], size_t(call.counts[i]),
-                                        nccl_type(call.dtype), nccl_op(call.op), comm, stream_.get()),
-                          "ncclAllReduce");
-        },
-        [this] { return given_up(); });
-  } catch (const NcclCommunicator::Broken& error) {
-    return {Arrival::Kind::broken, -1, error.what()};
-  }
-  return {};
 }
 
 // Steps as launches: those between two pauses are one.

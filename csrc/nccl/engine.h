@@ -29,7 +29,7 @@ namespace dpcomm {
 struct NcclWish {
   int64_t scratch_bytes;    // of one rank's slots, at most
   int64_t slice_bytes = 0;  // 0: what performs best
-  int max_ctas = 0;         // of a launch of steps; 0: one for each SM
+  int max_ctas = 0;         // of a launch; 0: for steps one for each SM
 };
 
 // What the GPU works in. It outlives the engine where something is still to come on the GPU.
@@ -38,7 +38,7 @@ struct NcclMemory {
   ~NcclMemory();
   NcclMemory(const NcclMemory&) = delete;
 
-  const int64_t slot_bytes;
+  const int64_t slot_bytes, native_bytes;  // of a slot; of codes that NCCL adds up at once, the same on all ranks
   SegmentTables tables;
   Scratch scratch;
   DeviceArray<uint64_t> nonfinite_groups;
@@ -96,11 +96,17 @@ class NcclEngine final : public Engine {
   std::exception_ptr attempt(const Call& call, const std::function<Arrival()>& part);
   Flight prepare(const Call& call, bool capturing);
   Arrival move(const Flight& flight);
-  Arrival add_by_nccl(const Flight& flight);
-  bool steps_aside(const Call& call) const;
   int ctas_for(const StepLaunch& launch) const;
   void launch(const void* kernel, int ctas, void* parameters);
   bool idle_within(double timeout_s);
+
+  // native.cpp
+  static bool adds_up(const Call& call);
+  static bool steps_aside(const Call& call);
+  Arrival add_natively(const Flight& flight);
+  void add_values(const Call& call);
+  void add_codes(const Flight& flight);
+  int native_ctas(int64_t groups) const;
 
   // failures.cpp
   void tick();
@@ -125,7 +131,7 @@ class NcclEngine final : public Engine {
   StreamLoan stream_;
   EventPool events_;
   const std::shared_ptr<NcclMemory> memory_;
-  const int most_ctas_;
+  const int asked_ctas_, most_ctas_;  // 0: not limited; of a launch of steps
   const std::unique_ptr<NcclCommunicator, NcclCommunicator::LetGo> comm_;
   Team team_{};
   std::unique_ptr<ControlPlane> plane_;

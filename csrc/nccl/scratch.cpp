@@ -9,8 +9,6 @@ namespace dpcomm {
 
 namespace {
 
-constexpr int64_t kAlign = 4096;
-
 // Lanes of a copy of rank r's arena that this rank uses; see slot() with Team::shared.
 std::vector<int64_t> lanes_of(int r, int rank, int nranks) {
   std::vector<int64_t> lanes;
@@ -58,14 +56,19 @@ Scratch::Scratch(int rank, int nranks, int slots, int64_t slot_bytes)
 Scratch::Scratch(const Plan& plan, int slots, int64_t slot_bytes)
     : bytes_(plan.lanes * slots * slot_bytes),
       memory_(size_t(bytes_ + kAlign)),
-      box_(boxes(reinterpret_cast<char*>((uintptr_t(memory_.data()) + kAlign - 1) / kAlign * kAlign), plan.first,
-                 slots * slot_bytes)) {}
+      box_(boxes(all(), plan.first, slots * slot_bytes)) {}
 
 // Plans differ in their lanes; slots must not: ranks cut a bucket by them.
 int64_t Scratch::slot_bytes_for(int nranks, int slots, int64_t bytes) {
   int64_t lanes = 0;
   for (int r = 0; r < nranks; ++r) lanes = std::max(lanes, plan(r, nranks).lanes);
   return bytes / (lanes * slots) / kAlign * kAlign;
+}
+
+int64_t Scratch::common_bytes(int nranks, int slots, int64_t slot_bytes) {
+  int64_t lanes = plan(0, nranks).lanes;
+  for (int r = 1; r < nranks; ++r) lanes = std::min(lanes, plan(r, nranks).lanes);
+  return lanes * slots * slot_bytes;
 }
 
 }  // namespace dpcomm

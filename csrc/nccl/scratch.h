@@ -17,11 +17,17 @@ class Scratch {
 
   Mailbox* const* box() const { return box_.data(); }  // in device memory
   int64_t bytes() const { return bytes_; }
+  // All slots as one; see common_bytes().
+  char* all() const { return reinterpret_cast<char*>((uintptr_t(memory_.data()) + kAlign - 1) / kAlign * kAlign); }
 
   // The largest slots for which that much is enough, on all ranks alike; 0: none.
   static int64_t slot_bytes_for(int nranks, int slots, int64_t bytes);
+  // What every rank's slots hold together, if they are used as one: ranks differ in how many they have.
+  static int64_t common_bytes(int nranks, int slots, int64_t slot_bytes);
 
  private:
+  static constexpr int64_t kAlign = 4096;
+
   struct Plan {
     std::vector<int64_t> first;  // by rank: where its copy begins, in lanes
     int64_t lanes;

@@ -24,6 +24,7 @@
 #include "core/all_reduce.h"
 #include "core/codec_fp16.h"
 #include "core/codec_none.h"
+#include "core/native.h"
 
 namespace {
 
@@ -184,10 +185,49 @@ void play(ThreadLanes lanes, const Team& team, const Bucket& bucket, Header head
   }
 }
 
+// The library between the two passes of algorithm native: it adds in rank order, and rounds each sum.
+struct Library {
+  Library(const Request& q, int64_t groups) : all(int(q.nranks * q.warps) * kWarp), codes(size_t(q.nranks)) {
+    for (auto& mine : codes) mine.resize(size_t(groups * kGroup) + kVec);
+  }
+  Barrier all;
+  std::vector<std::vector<uint16_t>> codes;  // by rank; the first end as the sums
+};
+std::unique_ptr<Library> library;
+
+template <class Wire>
+void add_up(std::vector<std::vector<uint16_t>>& codes) {
+  const auto widened = [](uint16_t code) { return Wire::widen(splat(code)).at[0]; };
+  for (size_t i = 0; i < codes[0].size(); ++i)
+    for (size_t r = 1; r < codes.size(); ++r)
+      codes[0][i] = Wire::narrow(splat(widened(codes[0][i]) + widened(codes[r][i]))).at[0];
+}
+
+template <class Codec>
+void play_native(ThreadLanes lanes, const Team& team, const Bucket& bucket, Header header, const Request& q) {
+  const Range all{0, bucket.groups};
+  for (int64_t i = 0; i < q.calls; ++i) {
+    const int divisor = Op(header.op) == Op::mean ? team.nranks : 1;
+    cast<Codec>(lanes, bucket, all, divisor, library->codes[size_t(team.rank)].data());
+    library->all.meet();
+    if (team.rank == 0 && lanes.index() == 0) add_up<typename Codec::Wire>(library->codes);
+    library->all.meet();
+    widen<Codec>(lanes, bucket, all, library->codes[0].data());
+    library->all.meet();
+  }
+}
+
 using Play = void (*)(ThreadLanes, const Team&, const Bucket&, Header, const Request&);
 
 Play choose(const Request& q) {
   const Dtype dtype = Dtype(q.dtype);
+  if (Algorithm(q.algorithm) == Algorithm::native) {
+    const bool half = CodecKind(q.codec) == CodecKind::fp16;
+    if (dtype == Dtype::float32)
+      return half ? play_native<Native<Float32, Float16>> : play_native<Native<Float32, Bfloat16>>;
+    if (dtype == Dtype::bfloat16)
+      return half ? play_native<Native<Bfloat16, Float16>> : play_native<Native<Bfloat16, Bfloat16>>;
+  }
   if (CodecKind(q.codec) == CodecKind::fp16 && dtype == Dtype::float32) return play<Fp16<Float32>>;
   if (CodecKind(q.codec) == CodecKind::none && dtype == Dtype::float32) return play<None<Float32>>;
   if (CodecKind(q.codec) == CodecKind::none && dtype == Dtype::bfloat16) return play<None<Bfloat16>>;
@@ -209,6 +249,7 @@ Header make_header(const Request& q, const std::vector<Place>& places) {
 
 Answer run(const Request& q, const Header& header, const std::vector<std::unique_ptr<Rank>>& ranks) {
   const Play play = choose(q);
+  library = std::make_unique<Library>(q, ranks[0]->groups);
   alignas(64) uint64_t failure = 0;
   std::atomic<int64_t> nonfinite_groups{0};
   std::vector<Mailbox*> box;

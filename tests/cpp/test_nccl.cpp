@@ -2,9 +2,11 @@
 // launches, streams, graphs, lists. Every result of our own algorithms is compared bit for bit with core_reference.h.
 // every: plays only each every-th call of the list (sanitizers are slow). A stop after 150 s ends whatever hangs. What
 // goes wrong: test_nccl_faults.cpp.
+#include <cmath>
 #include <set>
 
 #include "core/protocol.h"
+#include "nccl/native_kernels.h"
 #include "nccl/step_kernels.h"
 #include "nccl_ranks.h"
 
@@ -120,6 +122,65 @@ void test_nothing_beats_nccl_for_values() {
   for (const Own& own :
        {count_own<float>(group, Op::min, Dtype::float32, 1), count_own<float>(group, Op::max, Dtype::float32, 3)})
     CHECK(own.groups > 1 && own.all_reduces == 0);
+}
+
+// A call whose codes NCCL adds up: cast, one all-reduce, widen; several of them where the slots hold less.
+void check_native(Group& group, CodecKind codec, Op op, int64_t elems) {
+  const int64_t groups = counted("groups", 0), all_reduces = counted("all_reduces", 0);
+  stand_in::clear_log();
+  machine().log = true;
+  group.all([&](int r) {
+    OnDevice<> d(elems, r, group.device_of(r));
+    d.call.codec = codec, d.call.algorithm = Algorithm::native, d.call.op = op;
+    const StreamOf stream(group.device_of(r));
+    run_on(group.queue(r), d.call, stream);
+    CHECK(stream.done() && d.all(op == Op::sum ? 6 : 2));
+    const Stats stats = group.engine(r).stats(true);
+    CHECK(stats.calls == 1 && stats.nonfinite_groups == 0);
+    CHECK(stats.wire_bytes > elems * 2 && stats.wire_bytes < elems * 3);  // 2 (N-1) / N of the codes
+  });
+  machine().log = false;
+  const Description d = group.engine(0).describe();
+  const int64_t most = Scratch::common_bytes(group.size(), kCarriedSlots, d.slot_bytes) / (kGroup * 2);
+  const int64_t messages = ((elems + kGroup - 1) / kGroup + most - 1) / most;
+  CHECK(counted("groups", 0) - groups == messages && counted("all_reduces", 0) - all_reduces == messages);
+  const auto launches = stand_in::launches();
+  const auto of = [&](const void* key) {
+    return std::count_if(launches.begin(), launches.end(), [&](const stand_in::Launch& l) { return l.key == key; });
+  };
+  CHECK(of(cast_kernel(Dtype::float32, codec)) == 3 * messages);
+  CHECK(of(widen_kernel(Dtype::float32, codec)) == 3 * messages);
+  CHECK(int64_t(launches.size()) == 3 * (2 * messages + 2));  // begin and end
+}
+
+void test_nccl_adds_up_sixteen_bits_on_request() {
+  Group group(Shape{3});
+  if (!group.joined()) return;
+  for (const CodecKind codec : {CodecKind::fp16, CodecKind::bf16})
+    for (const Op op : {Op::sum, Op::mean}) check_native(group, codec, op, 7001);
+  check_native(group, CodecKind::bf16, Op::mean, 500001);
+  CHECK(500001 * 2 > 2 * group.engine(0).describe().arena_bytes);
+}
+
+// NCCL's minima and maxima of real numbers, ours of 16 bits, and a codec without an algorithm.
+void test_what_nccl_does_not_add_up_is_refused() {
+  Group group(Shape{2});
+  if (!group.joined()) return;
+  using Asked = std::tuple<CodecKind, Algorithm, Op, const char*>;
+  for (const auto& [codec, algorithm, op, words] :
+       {Asked{CodecKind::none, Algorithm::native, Op::min, "algorithm native is"},
+        Asked{CodecKind::fp16, Algorithm::native, Op::max, "algorithm native is"},
+        Asked{CodecKind::bf16, Algorithm::automatic, Op::sum, "codec bf16 is of algorithm native"}}) {
+    OnDevice<> d(1000, 0, 0);
+    d.call.codec = codec, d.call.algorithm = algorithm, d.call.op = op;
+    try {
+      group.queue(0).enqueue(d.call, group.engine(0).stream());
+      CHECK(!"it is refused");
+    } catch (const Error& error) {
+      CHECK(error.code == Code::unsupported && std::string(error.what()).find(words) != std::string::npos);
+    }
+  }
+  CHECK(usable(group));
 }
 
 // NCCL's minima and maxima drop NaNs; ours do not.
@@ -412,6 +473,18 @@ void test_statistics_count_nonfinite_groups() {
   CHECK(s.calls == 0 && s.nonfinite_groups == 0 && s.wire_bytes == 0 && s.input_bytes == 0);
 }
 
+void test_statistics_count_codes_that_overflow() {
+  Group group(Shape{2});
+  if (!group.joined()) return;
+  OnDevice<> a(1000, 0, 0), b(1000, 1, 1);
+  a.x[700] = 65520, a.x[10] = 65519, b.x[3] = NAN;  // half the last place more than the largest half rounds up
+  a.call.codec = b.call.codec = CodecKind::fp16;
+  a.call.algorithm = b.call.algorithm = Algorithm::native;
+  CHECK(run_all(group.ranks, [&](int r) { return (r ? b : a).call; }));
+  CHECK(group.engine(0).stats(true).nonfinite_groups == 1 && group.engine(1).stats(true).nonfinite_groups == 1);
+  CHECK(std::isinf(b.x[700]) && a.x[10] == 65504 && std::isnan(a.x[3]));
+}
+
 void test_a_communicator_describes_itself() {
   Group group(Shape{3});
   if (!group.joined()) return;
@@ -462,6 +535,7 @@ void check_scratch(int rank, int ranks) {
   const int64_t most = Scratch::slot_bytes_for(ranks, kCarriedSlots, kWish);
   CHECK(most >= 4096 && most % 4096 == 0);
   const Scratch scratch(rank, ranks, kCarriedSlots, most);
+  CHECK(Scratch::common_bytes(ranks, kCarriedSlots, most) <= scratch.bytes());
   CHECK(scratch.bytes() <= kWish && scratch.bytes() > kWish / 2);
   const Team team{rank, ranks, scratch.box(), nullptr, kCarriedSlots, most, most, true};
   std::vector<char*> lanes = lanes_of(team);
@@ -488,6 +562,8 @@ int main(int argc, char** argv) {
   const int every = argc > 1 ? std::atoi(argv[1]) : 1;
   test_lanes_share_no_memory();
   test_nothing_beats_nccl_for_values();
+  test_nccl_adds_up_sixteen_bits_on_request();
+  test_what_nccl_does_not_add_up_is_refused();
   test_extremes_keep_nan();
   test_lists_of_values_are_one_group();
   test_long_lists_travel_in_tables();
@@ -501,6 +577,7 @@ int main(int argc, char** argv) {
   test_a_direct_call_is_five_launches_and_two_groups();
   test_wire_bytes_are_what_nccl_carries();
   test_statistics_count_nonfinite_groups();
+  test_statistics_count_codes_that_overflow();
   test_a_communicator_describes_itself();
   test_calls_make_nothing();
   test_every_rank_has_the_bits_of_the_reference(every);

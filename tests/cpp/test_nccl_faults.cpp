@@ -25,7 +25,7 @@ struct Kind {
   Algorithm algorithm;
 };
 constexpr Kind kCoded{CodecKind::fp16, Algorithm::direct}, kRinged{CodecKind::fp16, Algorithm::ring},
-    kOwn{CodecKind::none, Algorithm::automatic};
+    kOwn{CodecKind::none, Algorithm::automatic}, kNative{CodecKind::fp16, Algorithm::native};
 constexpr Kind kKinds[] = {kCoded, kRinged, kOwn};
 
 // One call of one rank, on a stream of its own.
@@ -358,7 +358,7 @@ void test_the_cause_of_nccls_error_is_told_where_it_is_known() {
 }
 
 void test_a_call_that_nccl_refuses() {
-  for (const Kind& kind : {kCoded, kOwn}) {
+  for (const Kind& kind : {kCoded, kOwn, kNative}) {
     Group group(Shape{2});
     if (!group.joined()) return;
     control().fail(0, int(nccl::Result::system_error), "planted");
@@ -536,7 +536,7 @@ void test_a_captured_call_that_nccl_refuses() {
 
 // What a graph holds does not keep anybody from ending, and its replays end with NaNs.
 void test_replays_after_a_failure_end_with_nans() {
-  for (const Kind& kind : {kCoded, kOwn}) {
+  for (const Kind& kind : {kCoded, kOwn, kNative}) {
     Group group(Shape{2});
     if (!group.joined()) return;
     group.all([&](int r) {

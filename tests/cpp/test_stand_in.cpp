@@ -325,6 +325,21 @@ void test_a_launch_waits_until_it_fits() {
   OK(cudaStreamSynchronize(one));
 }
 
+void test_a_launch_that_is_not_cooperative_takes_what_room_there_is() {
+  StreamOf one(0), two(0);
+  const auto most = unsigned(machine().sms * machine().blocks_per_sm);
+  Gate gate;
+  std::atomic<unsigned> ran{0};
+  const Body count = [&](unsigned, unsigned) { ++ran; };
+  OK(launch(gate.body, one, 1));
+  CHECK(eventually([&] { return gate.begun.load(); }));
+  OK(launch(count, two, 2 * most, false));
+  OK(cudaStreamSynchronize(two));
+  CHECK(ran == 2 * most && cudaStreamQuery(one) == cudaErrorNotReady);
+  gate.open = true;
+  OK(cudaStreamSynchronize(one));
+}
+
 void test_launches_that_fail() {
   StreamOf here(0), there(1);
   const Body nothing = [](unsigned, unsigned) {};
@@ -911,6 +926,7 @@ int main(int argc, char** argv) {
   test_host_functions_may_not_call_the_runtime();
   test_all_ctas_of_a_launch_are_there_at_once();
   test_a_launch_waits_until_it_fits();
+  test_a_launch_that_is_not_cooperative_takes_what_room_there_is();
   test_launches_that_fail();
   test_copies();
   test_a_free_stream_overtakes_memset();

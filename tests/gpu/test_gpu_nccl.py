@@ -62,7 +62,12 @@ def reduce(comm: Any, x: torch.Tensor, case: Case) -> Any:
 
 
 def expected(x: Array, case: Case) -> Array:
-    """One rank's result: direct and oneshot encode it as a contribution, and again as a result; a ring has no turn."""
+    """One rank's result: direct and oneshot encode it as a contribution, and again as a result; a ring has no turn.
+
+    Native codes are cast and widened, with NCCL's all-reduce between them, which copies.
+    """
+    if case.algorithm == "native":
+        return reference.native([x], case.op, case.codec)
     return x if case.algorithm == "ring" else reference.rank_order([x], case.op, case.codec)
 
 
@@ -70,6 +75,17 @@ def expected(x: Array, case: Case) -> Array:
 def test_one_rank_has_the_bits_of_its_codec(one: Any, codec: str, dtype: str) -> None:
     for size, algorithm in product(SIZES, ALGORITHMS):
         case = Case((size,), dtype, "sum", codec, algorithm)
+        x = case.inputs(0)[0]
+        there = tensor(x).to(DEVICE)
+        assert reduce(one, there, case).synchronize(TIMEOUT_S)
+        check_bits([[there.cpu()]], [expected(x, case)], case)
+
+
+@pytest.mark.parametrize("dtype", cases.ENCODED)
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_one_rank_has_the_bits_of_native_codes(one: Any, codec: str, dtype: str) -> None:
+    for size, special in product(SIZES, (False, True)):  # the largest takes several messages
+        case = Case((size,), dtype, "mean", codec, "native", special=special)
         x = case.inputs(0)[0]
         there = tensor(x).to(DEVICE)
         assert reduce(one, there, case).synchronize(TIMEOUT_S)
@@ -87,9 +103,9 @@ def test_a_wrong_bit_is_noticed(one: Any) -> None:
         check_bits([[wrong]], [expected(x, case)], case)
 
 
-@pytest.mark.parametrize("codec", ["none", "fp16"])
-def test_a_graph_is_replayed(one: Any, codec: str) -> None:
-    case = Case((2**18 + 3,), codec=codec, algorithm="auto")
+@pytest.mark.parametrize(("codec", "algorithm"), [("none", "auto"), ("fp16", "auto"), ("fp16", "native")])
+def test_a_graph_is_replayed(one: Any, codec: str, algorithm: str) -> None:
+    case = Case((2**18 + 3,), codec=codec, algorithm=algorithm)
     x = torch.zeros(case.counts, device=DEVICE)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -128,7 +144,7 @@ def test_statistics_count_what_is_not_finite(one: Any) -> None:
 PROCESSES = [
     Case((size,), codec=codec, algorithm=algorithm)
     for size, codec, algorithm in product((257, 2**18 + 3), ("none", "fp16"), ALGORITHMS)
-]
+] + [Case((size,), codec=codec, algorithm="native") for size in (257, 2**18 + 3) for codec in ("fp16", "bf16")]
 
 
 def run_cases(rank: int, nranks: int) -> list[str]:
@@ -156,5 +172,5 @@ def test_two_processes_have_the_bits_of_the_reference() -> None:
     assert [o.error for o in outcomes] == [None, None]
     for case, *digests in zip(PROCESSES, *(o.value for o in outcomes), strict=True):
         assert len(set(digests)) == 1, case
-        if case.codec != "none" or case.algorithm != "auto":  # NCCL's own sums are in its own order
+        if case.codec != "none" or case.algorithm != "auto":  # NCCL's own sums are in its own order; two have only one
             assert digests[0] == digest([tensor(x) for x in case.expected(2)]), case

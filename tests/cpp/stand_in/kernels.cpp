@@ -93,11 +93,12 @@ struct Grid {
   Launch launch;
   unsigned capacity;  // CTAs that the device runs at once
 
-  // All CTAs of a cooperative launch are there at once; others come in waves.
+  // All CTAs of a cooperative launch are there at once; others come in waves, as many as there is room for.
   void operator()() const {
-    for (unsigned first = 0; first < launch.grid; first += capacity) {
-      const unsigned count = std::min(capacity, launch.grid - first);
-      if (!take(count)) return;
+    note();
+    for (unsigned first = 0, count; first < launch.grid; first += count) {
+      count = take(launch.grid - first);
+      if (count == 0) return;
       in_parallel(count, [&](unsigned i) {
         current_device() = launch.device;
         in_device_code() = true;
@@ -110,17 +111,23 @@ struct Grid {
   }
 
  private:
-  // False: the process exits.
-  bool take(unsigned count) const {
+  void note() const {
     State& s = state();
-    unsigned& resident = s.resident[static_cast<size_t>(launch.device)];
     std::unique_lock lock(s.mutex);
-    s.changed.wait(lock, [&] { return s.stopping || resident + count <= capacity; });
-    if (s.stopping) return false;
-    resident += count;
     if (machine().log) s.launches.push_back(launch);
     ++counters().launches;
-    return true;
+  }
+  // Of `left` CTAs as many as run now; 0: the process exits.
+  unsigned take(unsigned left) const {
+    State& s = state();
+    unsigned& resident = s.resident[static_cast<size_t>(launch.device)];
+    const unsigned least = launch.cooperative ? left : 1;
+    std::unique_lock lock(s.mutex);
+    s.changed.wait(lock, [&] { return s.stopping || resident + least <= capacity; });
+    if (s.stopping) return 0;
+    const unsigned count = std::min(left, capacity - resident);
+    resident += count;
+    return count;
   }
   void give_back(unsigned count) const {
     State& s = state();

@@ -54,7 +54,7 @@ const void* kernel_of(Algorithm algorithm) {
     case Algorithm::ring:
       return kernel<Codec, Algorithm::ring>();
     case Algorithm::automatic:
-    case Algorithm::carrier:
+    case Algorithm::native:
       return nullptr;
   }
   return nullptr;
