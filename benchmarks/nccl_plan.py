@@ -21,7 +21,10 @@ DTYPES = {"float": 4, "half": 2, "bfloat16": 2}  # nccl-tests' names, and bytes 
 # Codec and algorithm of dpcomm's contestants; those whose codes NCCL adds up are of engine nccl only.
 CODINGS = (("none", "direct"), ("none", "ring"), ("fp16", "direct"), ("fp16", "ring"), ("none", "auto"))
 NATIVE = (("fp16", "native"), ("bf16", "native"))
-LEAST_ROUNDS, MOST_TURN_CALLS = 5, 10  # repeated sums of unit Gaussians stay finite: 64 ranks reach 64^11 = 2^66
+LEAST_ROUNDS, MOST_TURN_CALLS = (
+    5,
+    10,
+)  # repeated sums of unit Gaussians stay finite in float32: 64 ranks reach 64^11 = 2^66
 REHEARSAL = "cpu rehearsal"
 NOTHING_TO_MOVE = "one rank: nothing to move"
 

@@ -229,8 +229,8 @@ void add_functions(py::module_& m) {
   m.def(
       "wire_bytes",
       [](int64_t elems, int dtype, int codec, bool native) {
-        const auto of_a_group = native ? native_group_bytes : group_bytes;
-        return (elems + kGroup - 1) / kGroup * of_a_group(Dtype(dtype), CodecKind(codec));
+        const int64_t of_a_group = native ? kNativeGroupBytes : group_bytes(Dtype(dtype), CodecKind(codec));
+        return (elems + kGroup - 1) / kGroup * of_a_group;
       },
       py::arg("elems"), py::arg("dtype"), py::arg("codec"), py::arg("native") = false);
   m.def(

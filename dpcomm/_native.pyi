@@ -24,7 +24,7 @@ def simd() -> list[str]:
 def wire_bytes(elems: int, dtype: int, codec: int, native: bool = False) -> int:
     """Bytes one copy of a segment of `elems` elements takes on the wire (whole groups of 256).
 
-    native: of algorithm "native", whose codes have no exponents.
+    native: codes of algorithm "native", which have no exponents.
     """
 
 def choose_algorithm(elems: int, dtype: int, codec: int, nranks: int, network: bool) -> int:

@@ -50,6 +50,10 @@ def init_local(
     if nranks == 1:
         return [Communicator._from_native(None, 0, 1, options[0])]
     engine_name = options[0].serving
+    if engine_name in opt.NATIVE and algorithm == "native":
+        raise UnsupportedError(
+            f"init_local: algorithm='native' needs engine={engine_name!r}, which joins processes. Use another one."
+        )
     if engine_name in opt.NETWORK_ENGINES:
         other = "p2p" if engine_name in opt.GPU_ENGINES else "shm"
         raise UnsupportedError(f"init_local: engine={engine_name!r} joins processes. Use engine={other!r}, or 'auto'.")

@@ -38,6 +38,7 @@ class Request(NamedTuple):
     dtypes: dict[str, tuple[int, int]]  # name of the dtype -> (native dtype, native elements per element)
     op_name: str
     codec_name: str
+    algorithm_name: str = "auto"
 
 
 class Options(NamedTuple):
@@ -108,6 +109,7 @@ def request(op: object, codec: object, algorithm: object) -> Request:
         _dtypes(op_str, codec_str),
         op_str,
         codec_str,
+        algorithm_str,
     )
 
 
@@ -137,8 +139,28 @@ def check_native(engine: str, codec: str) -> None:
     if codec not in NATIVE[engine]:
         raise UnsupportedError(
             f"algorithm='native' with engine={engine!r} and codec={codec!r}: use codec {' or '.join(NATIVE[engine])}, "
-            "or algorithm='auto'."
+            "or codec='fp16' with algorithm='auto'."
         )
+
+
+def narrowed(asked: Request, engine: str) -> Request:
+    """A request for algorithm "native", with the dtypes that the engine's library adds up.
+
+    Raises:
+        UnsupportedError: It adds up none so.
+    """
+    check_native(engine, asked.codec_name)
+    if asked.codec_name != "none":
+        return asked
+    extreme = asked.op_name in ("min", "max")
+    served = {"float32", "float64", *COMPLEX} if engine == "gloo" else set(asked.dtypes)
+    if extreme:  # NCCL's of real numbers lose NaNs
+        served = set() if engine == "gloo" else {"int32", "int64"}
+    if not served:
+        raise UnsupportedError(
+            f"allreduce: op={asked.op_name} with algorithm='native' of engine={engine!r}. Use 'auto'."
+        )
+    return asked._replace(dtypes={name: code for name, code in asked.dtypes.items() if name in served})
 
 
 def _dtypes(op: str, codec: str) -> dict[str, tuple[int, int]]:
@@ -155,8 +177,9 @@ def refuse_dtype(dtype: str, asked: Request) -> UnsupportedError:
     """The error for a dtype that the request does not serve: says which are served, or which codec to take."""
     if asked.codec_name != "none" and dtype in _dtypes(asked.op_name, "none"):
         return UnsupportedError(f"allreduce: {dtype} with codec={asked.codec_name}; use codec='none'")
+    how = " with algorithm='native'" if asked.algorithm_name == "native" else ""
     return UnsupportedError(
-        f"allreduce: dtype {dtype} not supported for op={asked.op_name}; supported: {', '.join(asked.dtypes)}"
+        f"allreduce: dtype {dtype} not supported for op={asked.op_name}{how}; supported: {', '.join(asked.dtypes)}"
     )
 
 

@@ -167,6 +167,10 @@ def test_native_needs_an_engine_whose_library_adds_up(pair: list[dpcomm.Communic
     for engine, codec in (("shm", "none"), ("torch", "none"), ("gloo", "fp16")):
         with pytest.raises(dpcomm.UnsupportedError, match=f"algorithm='native' with engine='{engine}'"):
             dpcomm.Communicator(rank=0, nranks=1, engine=engine, codec=codec, algorithm="native")
+    with dpcomm.Communicator(rank=0, nranks=1, engine="gloo") as one, pytest.raises(dpcomm.UnsupportedError):
+        one.allreduce(torch.ones(2), codec="bf16", algorithm="native")
+    with pytest.raises(dpcomm.UnsupportedError, match="algorithm='native' needs engine='gloo', which joins processes"):
+        dpcomm.init_local(["cpu"] * 2, algorithm="native")
     (alone,) = dpcomm.init_local(["cpu"])
     x = torch.full((3,), 1 / 3)
     assert alone.allreduce(x.clone(), codec="bf16", algorithm="native").equal(x)  # one rank: the identity

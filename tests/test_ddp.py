@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -245,19 +246,47 @@ def test_profiler_shows_a_range_for_each_bucket(pool: Pools) -> None:
             assert all(0 < us < 1e6 for _, us in ranges), "a range that has not ended"
 
 
-def log_of_codecs(rank: int, nranks: int) -> list[str]:
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """What dpcomm logs meanwhile."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dpcomm").addHandler(handler)
-    ddp, _ = hooked(Net().double(), "fp16", **SMALL)
-    for step in range(3):
-        ddp(seeded(step, rank, 8, 32).double()).backward()
-    logging.getLogger("dpcomm").removeHandler(handler)
-    return said
+    try:
+        yield said
+    finally:
+        logging.getLogger("dpcomm").removeHandler(handler)
+
+
+def log_of_codecs(rank: int, nranks: int) -> list[str]:
+    with listening() as said:
+        ddp, _ = hooked(Net().double(), "fp16", **SMALL)
+        for step in range(3):
+            ddp(seeded(step, rank, 8, 32).double()).backward()
+    return [text for text in said if "travel" in text]
 
 
 def test_a_dtype_that_the_codec_does_not_serve_is_logged_once(pool: Pools) -> None:
     for said in pool(2).run(log_of_codecs):
         (text,) = said
         assert "float64 buckets travel as codec 'none'" in text
+
+
+def train_natively(rank: int, nranks: int, dtype: torch.dtype) -> tuple[list[float], list[str]]:
+    """Gradients of one layer whose inputs are the rank's number."""
+    model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
+    with listening() as said:
+        ddp = DDP(model)
+        state = dpcomm.register_ddp_hook(ddp, codec="none", engine="gloo", algorithm="native", timeout_s=20.0)
+        ddp(torch.full((1, 3), float(rank), dtype=dtype)).sum().backward()
+        state.close()
+    assert model.weight.grad is not None
+    return model.weight.grad.flatten().tolist(), said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gloo_adds_buckets_on_request_but_those_it_would_round(pool: Pools, dtype: torch.dtype) -> None:
+    for gradient, said in pool(2).run(train_natively, dtype):
+        assert gradient == [0.5] * 3
+        assert any("bfloat16 buckets travel" in text for text in said) == (dtype == torch.bfloat16)

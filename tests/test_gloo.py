@@ -131,9 +131,9 @@ def ask_for_native(rank: int, nranks: int) -> tuple[list[list[float]], list[dict
         comm.allreduce(xs)
         y = comm.allreduce(torch.full((5,), 2.0 * rank), "mean")
         refused = []
-        asked: list[tuple[torch.Tensor, str, dict[str, Any]]] = [
+        asked: list[tuple[Any, str, dict[str, Any]]] = [
             (torch.ones(3), "min", {}),
-            (torch.ones(3, dtype=torch.bfloat16), "sum", {}),
+            ([torch.ones(3), torch.ones(3, dtype=torch.bfloat16)], "sum", {}),
             (torch.ones(3), "sum", {"codec": "fp16"}),
             (torch.ones(3), "sum", {"codec": "bf16"}),
         ]
@@ -141,6 +141,8 @@ def ask_for_native(rank: int, nranks: int) -> tuple[list[list[float]], list[dict
             with pytest.raises(dpcomm.UnsupportedError) as caught:
                 comm.allreduce(x, op, **options)
             refused.append(str(caught.value))
+        mixed = asked[1][0]
+        assert mixed[0].tolist() == [1.0] * 3, "a list is refused before any of it is sent"
         assert comm.allreduce(torch.ones(3), codec="fp16", algorithm="auto").tolist() == [nranks] * 3
         return [x.tolist() for x in (*xs, y)], comm.describe()["bit_classes"], refused
 
@@ -153,7 +155,8 @@ def test_gloo_adds_on_request(pool: Pools, nranks: int) -> None:
         assert second == [total + nranks] * 300
         assert mean == [nranks - 1.0] * 5
         assert classes == [{"from_elems": 1, "algorithm": "native", "bit_class": "native"}]
-        assert all("algorithm native is the all-reduce of a library" in text for text in refused[:2])
+        assert "op=min with algorithm='native' of engine='gloo'" in refused[0]
+        assert "bfloat16 not supported for op=sum with algorithm='native'; supported: float32" in refused[1]
         assert all("algorithm='native' with engine='gloo' and codec=" in text for text in refused[2:])
 
 

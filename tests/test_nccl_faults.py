@@ -335,9 +335,16 @@ def disagree(_: int, __: int, asks: list[Ask]) -> tuple[list[Any], bool]:
     return caught, any(finite(x) for own in xs for x in own if x.x.dtype == np.float32)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FP16, BF16 = (Ask(codec=codec, algorithm="native") for codec in ("fp16", "bf16"))
+NATIVE = {
+    "codec-of-native": (FP16, BF16, "codec: rank 0 has fp16, rank 1 has bf16"),
+    "native-or-not": (FP16, Ask(codec="fp16", algorithm="direct"), "algorithm: rank 0 has native, rank 1 has direct"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS | NATIVE)
 def test_calls_that_differ_are_named_on_all_ranks(nccl: Process, fault: str) -> None:
-    first, second, text = FAULTS[fault]
+    first, second, text = (FAULTS | NATIVE)[fault]
     caught, filled = nccl.run(disagree, [first, second])
     assert not filled, "what was not reduced could be taken for a result"
     for one in caught:
@@ -405,7 +412,9 @@ def lose_messages(_: int, __: int, codec: str, algorithm: str) -> tuple[list[Any
         return caught, [finite(x) for x in xs], good(together(members, lambda m: float(m.reduce().x[0])))
 
 
-@pytest.mark.parametrize(("codec", "algorithm"), [("none", "auto"), ("fp16", "direct"), ("fp16", "ring")])
+@pytest.mark.parametrize(
+    ("codec", "algorithm"), [("none", "auto"), ("fp16", "direct"), ("fp16", "ring"), ("bf16", "native")]
+)
 def test_57_lost_messages(nccl: Process, codec: str, algorithm: str) -> None:
     """Each waits for the other. Whose time is up first tells both."""
     caught, finite, after = nccl.run(lose_messages, codec, algorithm)

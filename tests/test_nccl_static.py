@@ -172,7 +172,7 @@ def test_every_kernel_is_read(compiled: Read) -> None:
     wanted = {(a, k) for a in ARCHITECTURES for k in (*KERNELS, *NATIVE, "begin", "end")}
     assert compiled.usage.keys() == wanted
     assert compiled.ptx.keys() == wanted
-    assert {path.stem for path in (CSRC / "nccl").glob("*.cu")} == set(UNITS)
+    assert {path.stem for folder in ("gpu", "nccl") for path in (CSRC / folder).glob("*.cu")} == set(UNITS)
 
 
 # --- negative controls -----------------------------------------------------------------------------------------------

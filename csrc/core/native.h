@@ -21,6 +21,17 @@ struct Native {
   static constexpr int32_t infinity = std::is_same_v<Wire, Float16> ? 0x7c00 : 0x7f80;  // the code
 };
 
+// play(codec) for the codec of these names; null where there is none.
+template <class Play>
+auto with_native_codec(Dtype dtype, CodecKind codec, const Play& play) -> decltype(play(Native<Float32, Float16>())) {
+  if (codec == CodecKind::none) return nullptr;
+  const bool half = codec == CodecKind::fp16;
+  if (dtype == Dtype::float32) return half ? play(Native<Float32, Float16>()) : play(Native<Float32, Bfloat16>());
+  if (dtype == Dtype::float16) return half ? play(Native<Float16, Float16>()) : play(Native<Float16, Bfloat16>());
+  if (dtype == Dtype::bfloat16) return half ? play(Native<Bfloat16, Float16>()) : play(Native<Bfloat16, Bfloat16>());
+  return nullptr;
+}
+
 // By lanes that hold a whole group together. nranks: of a mean; 1 for a sum.
 template <class Codec, class Lanes>
 DPCOMM_HD void cast(Lanes& lanes, const Bucket& bucket, Range range, int nranks, uint16_t* codes) {

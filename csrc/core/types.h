@@ -43,10 +43,7 @@ constexpr int64_t group_bytes(Dtype dtype, CodecKind codec) {
   }
   return 0;
 }
-// The same where a library adds up.
-constexpr int64_t native_group_bytes(Dtype dtype, CodecKind codec) {
-  return kGroup * (codec == CodecKind::none ? element_bytes(dtype) : 2);
-}
+constexpr int64_t kNativeGroupBytes = kGroup * 2;  // of codes that a library adds up
 
 // What "auto" stands for: a fixed table of data that are equal on all ranks. Its two entries give the same bits; ring
 // has bits of its own and is taken on request only.

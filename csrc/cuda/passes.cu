@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../gpu/cuda_check.h"
+#include "../gpu/native_kernels.h"
 #include "passes.h"
 #include "passes_kernel.h"
 
@@ -29,10 +30,8 @@ struct PassLanes {
   __device__ void nonfinite_group() const {}
 };
 
-constexpr bool is_native(PassKind kind) { return kind == PassKind::cast || kind == PassKind::widen; }
-
 template <PassKind kind, class Codec>
-__global__ void __launch_bounds__(kThreads, is_native(kind) ? 2 : 1) pass(const __grid_constant__ PassArguments a) {
+__global__ void __launch_bounds__(kThreads, 1) pass(const __grid_constant__ PassArguments a) {
   PassLanes lanes;
   run_channel<kind, Codec>(lanes, a, int(blockIdx.x), int(gridDim.x));
 }
@@ -67,18 +66,9 @@ Kernel kernel_of(PassKind kind) {
   return nullptr;
 }
 
-template <class Codec>
-Kernel native_kernel_of(PassKind kind) {
-  return kind == PassKind::cast ? pass<PassKind::cast, Codec> : pass<PassKind::widen, Codec>;
-}
+bool is_native(PassKind kind) { return kind == PassKind::cast || kind == PassKind::widen; }
 
-Kernel choose_native_kernel(const PassCall& call) {
-  if (call.dtype != Dtype::float32) return nullptr;
-  if (call.codec == CodecKind::fp16) return native_kernel_of<Native<Float32, Float16>>(call.kind);
-  return call.codec == CodecKind::bf16 ? native_kernel_of<Native<Float32, Bfloat16>>(call.kind) : nullptr;
-}
-
-Kernel choose_tile_kernel(const PassCall& call) {
+const void* choose_tile_kernel(const PassCall& call) {
   if (call.codec == CodecKind::bf16) return nullptr;
   Kernel kernel = nullptr;
   const bool none = call.codec == CodecKind::none;
@@ -86,11 +76,13 @@ Kernel choose_tile_kernel(const PassCall& call) {
     kernel = none ? kernel_of<None<Float32>>(call.kind) : kernel_of<Fp16<Float32>>(call.kind);
   if (call.dtype == Dtype::bfloat16)
     kernel = none ? kernel_of<None<Bfloat16>>(call.kind) : kernel_of<Fp16<Bfloat16>>(call.kind);
-  return kernel;
+  return reinterpret_cast<const void*>(kernel);
 }
 
-Kernel choose_kernel(const PassCall& call) {
-  const Kernel kernel = is_native(call.kind) ? choose_native_kernel(call) : choose_tile_kernel(call);
+const void* choose_kernel(const PassCall& call) {
+  const void* kernel = call.kind == PassKind::cast    ? cast_kernel(call.dtype, call.codec)
+                       : call.kind == PassKind::widen ? widen_kernel(call.dtype, call.codec)
+                                                      : choose_tile_kernel(call);
   if (kernel == nullptr)
     throw Error(Code::unsupported,
                 std::string("pass ") + name_of(call.kind) +
@@ -133,9 +125,11 @@ struct Layout {
 
 Layout layout_of(const PassCall& call) {
   const bool native = is_native(call.kind);
-  const int64_t bytes = native ? native_group_bytes(call.dtype, call.codec) : group_bytes(call.dtype, call.codec);
-  const int64_t most = most_groups(call.slice_bytes, call.slice_bytes, bytes);
-  const Chunks chunks = Chunks::cut(groups_in(call.counts), 1, most);
+  const int64_t bytes = native ? kNativeGroupBytes : group_bytes(call.dtype, call.codec);
+  const int64_t groups = groups_in(call.counts);
+  const int64_t most =
+      native ? groups : most_groups(call.slice_bytes, call.slice_bytes, bytes);  // native has no slices
+  const Chunks chunks = Chunks::cut(groups, 1, most);
   return {most, (chunks.slice_groups * bytes + kMessageAlign - 1) / kMessageAlign * kMessageAlign, chunks.slices};
 }
 
@@ -195,7 +189,7 @@ std::vector<Segment> segment_tables(const PassCall& call) {
 // A pass made ready: launch(i) puts repetition i on the stream. kernel: null for copies and empty launches.
 class Passes {
  public:
-  Passes(const PassCall& call, Kernel kernel)
+  Passes(const PassCall& call, const void* kernel)
       : call_(call),
         stream_(reinterpret_cast<cudaStream_t>(call.stream)),
         kernel_(kernel),
@@ -213,16 +207,29 @@ class Passes {
     } else if (is_copy(call_.kind)) {
       copy(ctas, call_.messages[set][0], call_.tensors[set][0]);
     } else {
-      const int64_t count = int64_t(call_.counts.size());
-      PassArguments a{segments_.data() + int64_t(set) * count, count, groups_, layout_.most, layout_.stride, {}};
-      for (size_t m = 0; m < call_.messages[set].size(); ++m)
-        a.messages[m] = reinterpret_cast<char*>(call_.messages[set][m]);
-      kernel_<<<ctas, kThreads, 0, stream_>>>(a);
+      is_native(call_.kind) ? around_native(ctas, set) : slices(ctas, set);
     }
     check_cuda(cudaGetLastError(), "launching a pass");
   }
 
  private:
+  void slices(unsigned ctas, size_t set) const {
+    const int64_t count = int64_t(call_.counts.size());
+    PassArguments a{segments_.data() + int64_t(set) * count, count, groups_, layout_.most, layout_.stride, {}};
+    for (size_t m = 0; m < call_.messages[set].size(); ++m)
+      a.messages[m] = reinterpret_cast<char*>(call_.messages[set][m]);
+    start(ctas, &a);
+  }
+  void around_native(unsigned ctas, size_t set) const {
+    const int64_t count = int64_t(call_.counts.size());
+    const BucketTable table{count, groups_, segments_.data() + int64_t(set) * count, {}};
+    uint16_t* const codes = reinterpret_cast<uint16_t*>(call_.messages[set][0]);
+    NativeLaunch a{table, layout_.most, 0, codes, 2, nonfinite_groups_.data()};
+    start(ctas, &a);
+  }
+  void start(unsigned ctas, void* arguments) const {
+    check_cuda(cudaLaunchKernel(kernel_, dim3(ctas), dim3(kThreads), &arguments, 0, stream_), "cudaLaunchKernel");
+  }
   void copy(unsigned ctas, uintptr_t to, uintptr_t from) const {
     const int64_t bytes = call_.counts[0] * element_bytes(call_.dtype);
     if (call_.kind == PassKind::memcpy)
@@ -236,8 +243,9 @@ class Passes {
 
   const PassCall& call_;
   cudaStream_t stream_;
-  Kernel kernel_;
+  const void* kernel_;
   DeviceArray<Segment> segments_;  // [set][tensor]
+  DeviceArray<uint64_t> nonfinite_groups_{1};
   Layout layout_;
   int64_t groups_;
 };
@@ -275,7 +283,7 @@ int64_t pass_message_bytes(const PassCall& call) {
 double run_pass(const PassCall& call) {
   check_shape(call);
   const bool tiles = call.kind != PassKind::empty && !is_copy(call.kind);
-  const Kernel kernel = tiles ? choose_kernel(call) : nullptr;
+  const void* const kernel = tiles ? choose_kernel(call) : nullptr;
   const int device = device_of(call);  // -1: an empty launch, on the current one
   std::unique_ptr<CurrentDevice> current;
   if (device >= 0) current = std::make_unique<CurrentDevice>(device);

@@ -7,8 +7,8 @@
 //   add      message 0, tensors                   message 1           Ring::add; op sum
 //   reduce   messages 0 and 1 of two ranks;       tensors, message 2  Direct::reduce of rank 0 of two; op mean. Codec
 //            with codec none tensors, message 1                       none takes its own values from the tensors.
-//   cast     tensors                              message 0           csrc/core/native.h, of two ranks; op mean
-//   widen    message 0                            tensors             csrc/core/native.h
+//   cast     tensors                              message 0           cast_kernel() of gpu/native_kernels.h itself, of
+//   widen    message 0                            tensors             two ranks, op mean; and widen_kernel()
 //   copy     tensors (one)                        message 0           a kernel that copies, with as many CTAs
 //   memcpy   tensors (one)                        message 0           cudaMemcpyAsync from device to device
 //   empty    nothing                              nothing             a launch

@@ -2,7 +2,7 @@
 #pragma once
 #include "../core/codec_fp16.h"
 #include "../core/codec_none.h"
-#include "../core/native.h"
+#include "../core/tile.h"
 #include "passes.h"
 
 namespace dpcomm {
@@ -25,8 +25,6 @@ DPCOMM_HD void run_slice(Lanes& lanes, const Bucket& bucket, Range range, const 
   constexpr int vectors = Lanes::template vectors<Codec>;
   if constexpr (kind == PassKind::encode) put<Codec>(lanes, bucket, range, m[0]);
   if constexpr (kind == PassKind::decode) get<Codec>(lanes, bucket, range, m[0]);
-  if constexpr (kind == PassKind::cast) cast<Codec>(lanes, bucket, range, 2, m[0].codes(0));
-  if constexpr (kind == PassKind::widen) widen<Codec>(lanes, bucket, range, m[0].codes(0));
   if constexpr (kind == PassKind::add)
     each_memory<Codec, false>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;

@@ -66,9 +66,12 @@ void count_call(Stats& stats, const Header& header, int64_t groups, int rank, in
   ++stats.calls;
   stats.input_bytes += header.numel * element_bytes(dtype);
   const CodecKind codec = CodecKind(header.codec);
-  const bool native = Algorithm(header.algorithm) == Algorithm::native;
-  const int64_t of_a_group = native ? native_group_bytes(dtype, codec) : group_bytes(dtype, codec);
-  stats.wire_bytes += wire_groups(header, groups, rank, nranks, reach) * of_a_group;
+  if (Algorithm(header.algorithm) == Algorithm::native) {  // a library does not say: what a ring takes
+    const int64_t bytes = codec == CodecKind::none ? header.numel * element_bytes(dtype) : groups * kNativeGroupBytes;
+    stats.wire_bytes += 2 * (nranks - 1) * bytes / nranks;
+  } else {
+    stats.wire_bytes += wire_groups(header, groups, rank, nranks, reach) * group_bytes(dtype, codec);
+  }
 }
 
 }  // namespace dpcomm

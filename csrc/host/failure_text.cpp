@@ -115,7 +115,7 @@ Error FailureText::unserved(const Call& call) const {
     why =
         "algorithm native is the all-reduce of a library: engine nccl has one (codecs none, fp16 and bf16; minima and "
         "maxima of whole numbers only), and engine gloo (codec none, sum and mean of float32 and float64). Use "
-        "algorithm auto.";
+        "algorithm auto with codec none or fp16.";
   return Error(Code::unsupported, prefix(Code::unsupported, &call) + why);
 }
 

@@ -4,10 +4,10 @@
 
 #include "../core/protocol.h"
 #include "../gpu/device.h"
+#include "../gpu/native_kernels.h"
 #include "../host/call_facts.h"
 #include "../host/pattern.h"
 #include "../host/watchdog.h"
-#include "native_kernels.h"
 #include "on_stream.h"
 #include "step_kernels.h"
 
@@ -19,7 +19,6 @@ constexpr int kFirstEvents = 32;
 constexpr int64_t kLeastSlotBytes = 4096;
 constexpr double kDrainS = 5;  // a call in flight at close
 constexpr double kCloseS = 2;  // NCCL's own farewell
-constexpr int kGroupsOfCta = kCtaThreads / 32;
 
 int64_t slot_bytes_for(int nranks, const NcclWish& wish) {
   const int64_t fits = Scratch::slot_bytes_for(nranks, kCarriedSlots, wish.scratch_bytes);
@@ -262,15 +261,17 @@ Arrival NcclEngine::move(const Flight& flight) {
   return play(*carrier_, launcher, call);
 }
 
-// A slice's groups, a warp each.
 int NcclEngine::ctas_for(const StepLaunch& launch) const {
   const Header& header = launch.header;
   const int parts = parts_of(header, nranks());
   const int64_t chunk = (launch.bucket.groups + parts - 1) / parts;
   const int64_t slice =
       most_groups(team_.slot_bytes, team_.slice_bytes, group_bytes(Dtype(header.dtype), CodecKind(header.codec)));
-  const int64_t ctas = (std::min(chunk, slice) + kGroupsOfCta - 1) / kGroupsOfCta;
-  return int(std::clamp<int64_t>(ctas, 1, most_ctas_));
+  return ctas_of(std::min(chunk, slice), most_ctas_);
+}
+
+int NcclEngine::ctas_of(int64_t groups, int most) {
+  return int(std::clamp<int64_t>((groups + kGroupsOfCta - 1) / kGroupsOfCta, 1, most));
 }
 
 void NcclEngine::launch(const void* kernel, int ctas, void* parameters) {

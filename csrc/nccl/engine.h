@@ -96,6 +96,7 @@ class NcclEngine final : public Engine {
   std::exception_ptr attempt(const Call& call, const std::function<Arrival()>& part);
   Flight prepare(const Call& call, bool capturing);
   Arrival move(const Flight& flight);
+  static int ctas_of(int64_t groups, int most);  // a warp for each group, if so many fit
   int ctas_for(const StepLaunch& launch) const;
   void launch(const void* kernel, int ctas, void* parameters);
   bool idle_within(double timeout_s);
@@ -106,7 +107,6 @@ class NcclEngine final : public Engine {
   Arrival add_natively(const Flight& flight);
   void add_values(const Call& call);
   void add_codes(const Flight& flight);
-  int native_ctas(int64_t groups) const;
 
   // failures.cpp
   void tick();

@@ -1,8 +1,7 @@
 // What the kernels of engine nccl are told: plain data, the same for host and device code.
 //
-//   StepLaunch     some steps of one call (core/steps.h) that do not depend on each other
-//   NativeLaunch   one of the two passes around NCCL's own all-reduce in 16 bits
-//   CallState      in host memory that the GPU sees: how far calls have come, and whether they go on
+//   StepLaunch   some steps of one call (core/steps.h) that do not depend on each other
+//   CallState    in host memory that the GPU sees: how far calls have come, and whether they go on
 #pragma once
 #include "../core/steps.h"
 #include "../gpu/launch.h"
@@ -26,12 +25,6 @@ struct PeerSteps {
 
 constexpr int kMostPeerSteps = 4;
 
-struct BucketTable {
-  int64_t count, groups;
-  const Segment* segments;  // in device memory; null where they are in `few`
-  Segment few[kInlineSegments];
-};
-
 struct StepLaunch {
   Team team;
   Header header;
@@ -42,17 +35,6 @@ struct StepLaunch {
   uint64_t* nonfinite_groups;  // in device memory
 };
 static_assert(sizeof(StepLaunch) <= 4096, "what a kernel may be given by value on every GPU");
-
-// A slice of a bucket to or from 16-bit codes that NCCL adds up (core/native.h).
-struct NativeLaunch {
-  BucketTable bucket;
-  int64_t most_groups;  // of a slice
-  int64_t slice;
-  uint16_t* codes;
-  int nranks;                  // of a mean; 1: a sum
-  uint64_t* nonfinite_groups;  // in device memory
-};
-static_assert(sizeof(NativeLaunch) <= 4096);
 
 // The end of a call, in one CTA: waits until all ranks have announced it alike; after a failure it fills the bucket
 // with NaNs, so that nobody takes a gradient that was not reduced for one that was.

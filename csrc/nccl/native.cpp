@@ -2,15 +2,14 @@
 // widens. All of it is on the engine's stream, where nothing else is to do meanwhile.
 #include <algorithm>
 
+#include "../gpu/native_kernels.h"
 #include "../host/call_facts.h"
 #include "engine.h"
-#include "native_kernels.h"
 
 namespace dpcomm {
 
 namespace {
 
-constexpr int kGroupsOfCta = kCtaThreads / 32;
 constexpr int kCtasOfSm = 4;  // as many threads as an SM holds: the kernels only move memory
 
 nccl::DataType nccl_type(Dtype dtype) {
@@ -60,6 +59,7 @@ bool NcclEngine::steps_aside(const Call& call) {
 }
 
 Arrival NcclEngine::add_natively(const Flight& flight) {
+  carrier_->begin(false);  // nothing of this call is beside the steps: a call that breaks off has nothing to wait for
   try {
     if (flight.call.codec == CodecKind::none)
       add_values(flight.call);
@@ -90,12 +90,13 @@ void NcclEngine::add_codes(const Flight& flight) {
   uint16_t* const codes = reinterpret_cast<uint16_t*>(memory_->scratch.all());
   const int64_t groups = flight.table.groups;
   if (groups == 0) return;
-  const int64_t most = memory_->native_bytes / native_group_bytes(call.dtype, call.codec);
+  const int64_t most = memory_->native_bytes / kNativeGroupBytes;
   const Chunks slices = Chunks::cut(groups, 1, most);
+  const int most_ctas = asked_ctas_ > 0 ? asked_ctas_ : most_ctas_ * kCtasOfSm;
   NativeLaunch pass{flight.table, most, 0, codes, call.op == Op::mean ? nranks() : 1, memory_->nonfinite_groups.data()};
   for (; pass.slice < slices.slices; ++pass.slice) {
     const Range range = slices.range(pass.slice, 0);
-    const int ctas = native_ctas(range.groups);
+    const int ctas = ctas_of(range.groups, most_ctas);
     launch(cast_kernel(call.dtype, call.codec), ctas, &pass);
     comm_->group(
         [&](const nccl::Api& api, nccl::Comm comm) {
@@ -106,12 +107,6 @@ void NcclEngine::add_codes(const Flight& flight) {
         [this] { return given_up(); });
     launch(widen_kernel(call.dtype, call.codec), ctas, &pass);
   }
-}
-
-// A warp for each group, if the GPU has as many.
-int NcclEngine::native_ctas(int64_t groups) const {
-  const int most = asked_ctas_ > 0 ? asked_ctas_ : most_ctas_ * kCtasOfSm;
-  return int(std::clamp<int64_t>((groups + kGroupsOfCta - 1) / kGroupsOfCta, 1, most));
 }
 
 }  // namespace dpcomm

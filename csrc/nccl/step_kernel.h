@@ -5,14 +5,6 @@
 namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
-DPCOMM_HD Bucket bucket_of(const BucketTable& table) {
-  return {table.segments ? table.segments : table.few, table.count, table.groups};
-}
-
-DPCOMM_HD Range range_of(const NativeLaunch& launch) {
-  return Chunks::cut(launch.bucket.groups, 1, launch.most_groups).range(launch.slice, 0);
-}
-
 // play(step) for each step of a launch. A rank's neighbour comes first, as in core/direct.h.
 template <class Play>
 DPCOMM_HD void each_step(const StepLaunch& launch, Play play) {

@@ -191,7 +191,7 @@ def messages(algorithm: str, load: Load, nranks: int) -> int:
 
 def auto(load: Load, nranks: int, network: bool) -> str:
     """What algorithm "auto" is at this size: _native.choose_algorithm; engine gloo's steps_aside."""
-    if network and nranks > 2 and load.codec == "none" and load.plain >= ASIDE_BYTES:
+    if network and nranks > 2 and load.codec == "none" and load.dtype == "float32" and load.plain >= ASIDE_BYTES:
         return "native"
     names = {number: name for name, number in _native.ALGORITHMS.items()}
     dtype, codec = _native.DTYPES[load.dtype], _native.CODECS[load.codec]

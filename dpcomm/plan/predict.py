@@ -107,7 +107,7 @@ def row(q: Question, engine: str, algorithm: str, codec: str) -> Row:
     cases = [seconds(q, engine, algorithm, codec, case) for case in gpu.CASES]
     place = _place(q)
     sent = sum(n * counts.host_bytes(algorithm, Load(elems, q.dtype, codec), place) for n, elems in q.calls)
-    note = why_not(engine, algorithm, codec) or _too_many(q)
+    note = why_not(engine, algorithm, codec, q.dtype) or _too_many(q)
     return Row(
         engine,
         algorithm,
@@ -131,10 +131,12 @@ def auto(q: Question, engine: str, algorithm: str, codec: str) -> bool:
     return counts.auto(load, q.nranks, engine in ("gloo", "nccl")) == algorithm
 
 
-def why_not(engine: str, algorithm: str, codec: str) -> str:
+def why_not(engine: str, algorithm: str, codec: str, dtype: str = "float32") -> str:
     """Why dpcomm does not serve this, whatever the number of ranks; empty: it does."""
     if algorithm in NOT_BUILT:
         return "not built yet"
+    if engine == "gloo" and algorithm == "native" and codec == "none" and dtype != "float32":
+        return "gloo would round at each rank"
     return HOOK if (engine, algorithm, codec) == ("gloo", "native", "fp16") else ""
 
 
@@ -203,7 +205,7 @@ def break_evens(q: Question) -> list[BreakEven]:
     if q.hosts == 1 and q.device == "cpu":
         return []
     every = contestants(q)
-    had = [each for each in every if not why_not(*each)]
+    had = [each for each in every if not why_not(*each, q.dtype)]
     found = [BreakEven("any", "fastest", q.codec, break_even(q, had))]
     for engine, algorithm, codec in every:
         if codec != "none":

@@ -221,13 +221,8 @@ using Play = void (*)(ThreadLanes, const Team&, const Bucket&, Header, const Req
 
 Play choose(const Request& q) {
   const Dtype dtype = Dtype(q.dtype);
-  if (Algorithm(q.algorithm) == Algorithm::native) {
-    const bool half = CodecKind(q.codec) == CodecKind::fp16;
-    if (dtype == Dtype::float32)
-      return half ? play_native<Native<Float32, Float16>> : play_native<Native<Float32, Bfloat16>>;
-    if (dtype == Dtype::bfloat16)
-      return half ? play_native<Native<Bfloat16, Float16>> : play_native<Native<Bfloat16, Bfloat16>>;
-  }
+  if (Algorithm(q.algorithm) == Algorithm::native)
+    return with_native_codec(dtype, CodecKind(q.codec), [](auto c) -> Play { return play_native<decltype(c)>; });
   if (CodecKind(q.codec) == CodecKind::fp16 && dtype == Dtype::float32) return play<Fp16<Float32>>;
   if (CodecKind(q.codec) == CodecKind::none && dtype == Dtype::float32) return play<None<Float32>>;
   if (CodecKind(q.codec) == CodecKind::none && dtype == Dtype::bfloat16) return play<None<Bfloat16>>;

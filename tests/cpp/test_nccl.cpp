@@ -4,9 +4,10 @@
 // goes wrong: test_nccl_faults.cpp.
 #include <cmath>
 #include <set>
+#include <tuple>
 
 #include "core/protocol.h"
-#include "nccl/native_kernels.h"
+#include "gpu/native_kernels.h"
 #include "nccl/step_kernels.h"
 #include "nccl_ranks.h"
 
@@ -68,11 +69,11 @@ void play(Group& group, std::vector<Round>& steps, const char* what) {
 }
 
 void test_every_rank_has_the_bits_of_the_reference(int every) {
-  for (const int ranks : {2, 3, 4, 5, 8}) {
+  for (const int ranks : {2, 3, 4, 5, 6, 7, 8}) {
     if (Checks::failed > 0) return;
     Group group(Shape{ranks});
     if (!group.joined()) return;
-    auto steps = script(ranks, every, uint32_t(ranks));
+    auto steps = script(ranks, ranks == 6 || ranks == 7 ? 5 * every : every, uint32_t(ranks));
     play(group, steps, "smallest slices");
     for (int r = 0; r < ranks; ++r) {
       const Stats stats = group.engine(r).stats(true);
@@ -108,6 +109,7 @@ Own count_own(Group& group, Op op, Dtype dtype, T expected) {
     run_on(group.queue(r), d.call, stream);
     CHECK(stream.done() && d.all(expected));
   });
+  CHECK(group.engine(0).stats(true).wire_bytes > 0);
   return {counted("groups", 0) - before.groups, counted("all_reduces", 0) - before.all_reduces};
 }
 
@@ -137,7 +139,7 @@ void check_native(Group& group, CodecKind codec, Op op, int64_t elems) {
     CHECK(stream.done() && d.all(op == Op::sum ? 6 : 2));
     const Stats stats = group.engine(r).stats(true);
     CHECK(stats.calls == 1 && stats.nonfinite_groups == 0);
-    CHECK(stats.wire_bytes > elems * 2 && stats.wire_bytes < elems * 3);  // 2 (N-1) / N of the codes
+    CHECK(stats.wire_bytes == (elems + kGroup - 1) / kGroup * kGroup * 2 * 4 / 3);  // 2 (N-1) / N of the codes
   });
   machine().log = false;
   const Description d = group.engine(0).describe();
@@ -325,7 +327,11 @@ void test_the_default_stream_is_a_stream() {
 // ---- graphs ------------------------------------------------------------------------------------------------------
 
 // Several calls of one graph, of every kind, and direct ones between the replays.
-void check_graphs(int ranks, const std::vector<CodecKind>& codecs) {
+using How = std::pair<CodecKind, Algorithm>;
+constexpr How kCoded{CodecKind::fp16, Algorithm::direct}, kOwn{CodecKind::none, Algorithm::automatic},
+    kNative{CodecKind::bf16, Algorithm::native};
+
+void check_graphs(int ranks, const std::vector<How>& hows) {
   constexpr int kReplays = 3;
   Group group(Shape{ranks});
   if (!group.joined()) return;
@@ -335,10 +341,9 @@ void check_graphs(int ranks, const std::vector<CodecKind>& codecs) {
     const StreamOf stream(device);
     const CurrentDevice current(device);
     std::vector<std::unique_ptr<OnDevice<>>> all;
-    for (const CodecKind codec : codecs) {
+    for (const auto& [codec, algorithm] : hows) {
       all.push_back(std::make_unique<OnDevice<>>(9000, r, device));
-      all.back()->call.codec = codec;
-      if (codec == CodecKind::fp16) all.back()->call.algorithm = Algorithm::direct;
+      all.back()->call.codec = codec, all.back()->call.algorithm = algorithm;
     }
     int replay = 0;  // only streams' work looks at it, and this thread when there is none
     const Body refill = [&] {
@@ -358,7 +363,7 @@ void check_graphs(int ranks, const std::vector<CodecKind>& codecs) {
     for (int i = 0; i < kReplays; ++i) {
       OK(cudaGraphLaunch(graph, stream));
       OnDevice<> between(7001, r, device);
-      between.call.codec = codecs[size_t(i) % codecs.size()];
+      std::tie(between.call.codec, between.call.algorithm) = hows[size_t(i) % hows.size()];
       run_on(group.queue(r), between.call, stream);
       CHECK(stream.done() && between.all(sum));
     }
@@ -369,9 +374,10 @@ void check_graphs(int ranks, const std::vector<CodecKind>& codecs) {
 }
 
 void test_graphs_are_replayed_and_calls_go_on_between() {
-  check_graphs(2, {CodecKind::fp16});
-  check_graphs(2, {CodecKind::none});
-  check_graphs(4, {CodecKind::fp16, CodecKind::none, CodecKind::fp16, CodecKind::none});
+  check_graphs(2, {kCoded});
+  check_graphs(2, {kOwn});
+  check_graphs(3, {kNative});
+  check_graphs(4, {kCoded, kNative, kOwn, kCoded, kNative});
 }
 
 // A table that a graph has captured is not given to a later call.

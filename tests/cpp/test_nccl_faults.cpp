@@ -26,7 +26,7 @@ struct Kind {
 };
 constexpr Kind kCoded{CodecKind::fp16, Algorithm::direct}, kRinged{CodecKind::fp16, Algorithm::ring},
     kOwn{CodecKind::none, Algorithm::automatic}, kNative{CodecKind::fp16, Algorithm::native};
-constexpr Kind kKinds[] = {kCoded, kRinged, kOwn};
+constexpr Kind kKinds[] = {kCoded, kRinged, kOwn, kNative};
 
 // One call of one rank, on a stream of its own.
 struct Flight {
@@ -295,8 +295,8 @@ void test_calls_behind_one_that_fails_fail_too() {
   Group group(Shape{2});
   if (!group.joined()) return;
   std::vector<std::unique_ptr<Flight>> all;
-  for (int i = 0; i < 6; ++i) {
-    all.push_back(std::make_unique<Flight>(group, 0, kKinds[i % 3]));
+  for (int i = 0; i < 8; ++i) {
+    all.push_back(std::make_unique<Flight>(group, 0, kKinds[i % 4]));
     all.back()->start();
   }
   group.engine(1).abort("enough");
@@ -534,6 +534,23 @@ void test_a_captured_call_that_nccl_refuses() {
   check_poisoned(group, {"rank 0 gave up"});
 }
 
+// A call whose steps and messages were side by side has left nothing that the capture would have to wait for.
+void test_a_captured_call_that_nccl_refuses_behind_one_of_slices() {
+  Group group(Shape{2});
+  if (!group.joined()) return;
+  std::vector<std::unique_ptr<Flight>> sliced;
+  for (int r = 0; r < 2; ++r) sliced.push_back(std::make_unique<Flight>(group, r, kCoded, 20000));
+  for (auto& one : sliced) one->start();
+  for (auto& one : sliced) CHECK(one->pending->synchronize(kLongS, {}) && one->data.all(3));
+  Flight flight(group, 0, kNative);
+  const cudaGraphExec_t graph = captured(flight.stream, [&] {
+    control().fail(0, int(nccl::Result::system_error), "planted");
+    CHECK(says(error_of([&] { flight.start(); }), Code::aborted, {"rank 0 gave up", "planted"}));
+  });
+  CHECK(flight.untouched());
+  OK(cudaGraphExecDestroy(graph));
+}
+
 // What a graph holds does not keep anybody from ending, and its replays end with NaNs.
 void test_replays_after_a_failure_end_with_nans() {
   for (const Kind& kind : {kCoded, kOwn, kNative}) {
@@ -692,6 +709,7 @@ int main() {
   test_a_forked_child_is_refused();
   test_a_failure_before_a_captured_call();
   test_a_captured_call_that_nccl_refuses();
+  test_a_captured_call_that_nccl_refuses_behind_one_of_slices();
   test_replays_after_a_failure_end_with_nans();
   test_a_replay_that_waits_times_out();
   check_nothing_is_left(kStreamsAtOnce);

@@ -1,9 +1,8 @@
 // The kernels around NCCL's own all-reduce in 16 bits on a machine without a GPU: the same bodies (csrc/core/native.h),
 // played by one host lane.
-#include "nccl/native_kernels.h"
+#include "gpu/native_kernels.h"
 
 #include "core/native.h"
-#include "nccl/step_kernel.h"
 #include "stand_in.h"
 
 namespace dpcomm {
@@ -47,21 +46,13 @@ const void* key() {
   return known ? &only : nullptr;
 }
 
-template <bool back>
-const void* kernel(Dtype dtype, CodecKind codec) {
-  const bool half = codec == CodecKind::fp16;
-  if (dtype == Dtype::float32)
-    return half ? key<Native<Float32, Float16>, back>() : key<Native<Float32, Bfloat16>, back>();
-  if (dtype == Dtype::float16)
-    return half ? key<Native<Float16, Float16>, back>() : key<Native<Float16, Bfloat16>, back>();
-  if (dtype == Dtype::bfloat16)
-    return half ? key<Native<Bfloat16, Float16>, back>() : key<Native<Bfloat16, Bfloat16>, back>();
-  return nullptr;
-}
-
 }  // namespace
 
-const void* cast_kernel(Dtype dtype, CodecKind codec) { return kernel<false>(dtype, codec); }
-const void* widen_kernel(Dtype dtype, CodecKind codec) { return kernel<true>(dtype, codec); }
+const void* cast_kernel(Dtype dtype, CodecKind codec) {
+  return with_native_codec(dtype, codec, [](auto c) { return key<decltype(c), false>(); });
+}
+const void* widen_kernel(Dtype dtype, CodecKind codec) {
+  return with_native_codec(dtype, codec, [](auto c) { return key<decltype(c), true>(); });
+}
 
 }  // namespace dpcomm
