@@ -1,12 +1,15 @@
-"""`python -m dpcomm info`: what this build is and can do here; `plan`: what an all-reduce should take, and whether a
-codec pays. With --json for programs."""
+"""`python -m dpcomm info`: what this build is and can do here, with --group what the ranks of a torchrun can do
+together; `plan`: what an all-reduce should take, and whether a codec pays. With --json for programs."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from typing import NoReturn
 
-from dpcomm.errors import ArgumentError
+from dpcomm import group_info
+from dpcomm.errors import ArgumentError, bare_message
 from dpcomm.info import info
 from dpcomm.plan import command as plan_command
 
@@ -19,16 +22,29 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, instruction sets, engines and GPUs")
     command.add_argument("--json", action="store_true", help="print JSON")
+    group_info.add_arguments(command)
     plan = commands.add_parser("plan", help="predicted times of an all-reduce, and whether a codec pays")
     plan_command.add_arguments(plan)
     arguments = parser.parse_args()
     if arguments.command == "info":
+        if arguments.group:
+            print_group(command, arguments)
+        if arguments.device is not None or arguments.timeout is not None:
+            command.error("--device and --timeout are options of info --group")
         print_info(arguments.json)
         return
     try:
         print(plan_command.run(arguments))
     except ArgumentError as error:
         plan.error(str(error))
+
+
+def print_group(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
+    """What the ranks of a torchrun are and can do together."""
+    try:
+        sys.exit(group_info.run(arguments))
+    except ArgumentError as error:
+        command.error(bare_message(error))
 
 
 def print_info(as_json: bool) -> None:

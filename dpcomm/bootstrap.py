@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from dpcomm import _native, environment, processors
+from dpcomm import _native, chosen, environment, groups, processors
 from dpcomm.carried import CarriedBuilder
 from dpcomm.errors import ArgumentError, Error, P2PUnavailableError, UnsupportedError, bare_message
 from dpcomm.nccl import NcclBuilder
@@ -40,7 +40,7 @@ def locate(group: Any, rank: int | None, nranks: int | None, store: Any) -> Site
     """Finds rank, size and store of a group, or takes those that the user gave.
 
     Raises:
-        ArgumentError: Neither a process group nor a complete rank, nranks and store; or a rank out of range.
+        ArgumentError: Neither a process group or mesh nor a complete rank, nranks and store; or a rank out of range.
     """
     if group is None and not (rank is None and nranks is None and store is None):
         return _own_site(rank, nranks, store)
@@ -51,7 +51,7 @@ def locate(group: Any, rank: int | None, nranks: int | None, store: Any) -> Site
             "torch.distributed has no process group. Call torch.distributed.init_process_group(...) first, or pass "
             "rank=, nranks= and store= to dpcomm.Communicator."
         )
-    group = dist.group.WORLD if group is None else group
+    group = dist.group.WORLD if group is None else groups.process_group(group)
     if not isinstance(group, dist.ProcessGroup):
         raise ArgumentError(
             f"Communicator: group must be a process group that this rank belongs to, got {type(group).__name__}"
@@ -86,11 +86,13 @@ class Built(NamedTuple):
     Attributes:
         engine: Its engine.
         why: Why that engine serves, in words.
+        apart: Two ranks that share no memory, where that decided.
     """
 
     comm: _native.Comm
     engine: str
     why: str
+    apart: tuple[int, int] | None = None
 
 
 def one_host(where: str) -> str:
@@ -103,9 +105,11 @@ class CannotShareError(UnsupportedError):
 
     Attributes:
         where: Which rank is on which host.
+        apart: Two ranks that share none.
     """
 
     where = ""
+    apart: tuple[int, int] | None = None
 
 
 def build(site: Site, options: Options | Error) -> Built:
@@ -124,20 +128,28 @@ def build(site: Site, options: Options | Error) -> Built:
         meeting.meet(hello_of(site, accepted))
         payloads = meeting.stage("validate", lambda: _validate(meeting, options))
         assert accepted is not None  # else `validate` has raised
-        why = "asked for" if accepted.engine != "auto" else "algorithm native" if accepted.algorithm == "native" else ""
-        if accepted.serving in CARRIED_ENGINES:
-            return _build_carried(meeting, accepted, accepted.serving, site.group, why)
-        if accepted.serving == "nccl":
-            return _build_nccl(meeting, accepted, why)
-        if accepted.serving == "p2p":
-            channels = min(int.from_bytes(payload, "little") for payload in payloads)
-            return _build_on_gpu(meeting, accepted, channels, why)
-        return _build_on_cpu(meeting, accepted, site.group, why)
+        built = _build_serving(meeting, accepted, payloads, site.group)
     except BaseException as cause:
         meeting.give_up(cause)
         if isinstance(cause, CannotShareError):  # a name for this module alone
             raise UnsupportedError(str(cause)) from None
         raise
+    if meeting.rank == 0:
+        logger.info("%s", chosen.line(meeting.number, meeting.hellos, built.engine, built.why, built.apart))
+    return built
+
+
+def _build_serving(meeting: Rendezvous, options: Options, payloads: list[bytes], group: Any) -> Built:
+    """With the engine to try, or the one that takes its place. `payloads`: of stage `validate`."""
+    why = "asked for" if options.engine != "auto" else "algorithm native" if options.algorithm == "native" else ""
+    if options.serving in CARRIED_ENGINES:
+        return _build_carried(meeting, options, options.serving, group, why)
+    if options.serving == "nccl":
+        return _build_nccl(meeting, options, why)
+    if options.serving == "p2p":
+        channels = min(int.from_bytes(payload, "little") for payload in payloads)
+        return _build_on_gpu(meeting, options, channels, why)
+    return _build_on_cpu(meeting, options, group, why)
 
 
 def _validate(meeting: Rendezvous, options: Options | Error) -> bytes:
@@ -167,10 +179,8 @@ def _build_on_cpu(meeting: Rendezvous, options: Options, group: Any, why: str) -
     except CannotShareError as error:
         if options.engine != "auto":
             raise
-        why = f"no shared memory: {error.where}"
-    if meeting.rank == 0:
-        logger.info("communicator #%d: engine gloo, since there is %s", meeting.number, why)
-    return _build_carried(meeting, options, "gloo", group, why)
+        why, apart = f"no shared memory: {error.where}", error.apart
+    return _build_carried(meeting, options, "gloo", group, why)._replace(apart=apart)
 
 
 def _build_on_gpu(meeting: Rendezvous, options: Options, channels: int, why: str) -> Built:
@@ -180,10 +190,8 @@ def _build_on_gpu(meeting: Rendezvous, options: Options, channels: int, why: str
     except CannotShareError as error:
         if options.engine != "auto":
             raise
-        why = f"no shared memory: {error.where}"
-    if meeting.rank == 0:
-        logger.info("communicator #%d: engine nccl, since there is %s", meeting.number, why)
-    return _build_nccl(meeting, options, why)
+        why, apart = f"no shared memory: {error.where}", error.apart
+    return _build_nccl(meeting, options, why)._replace(apart=apart)
 
 
 def _build_nccl(meeting: Rendezvous, options: Options, why: str) -> Built:
@@ -316,5 +324,5 @@ def _check_reach(engine: str, reached: list[set[int]], hellos: list[Hello]) -> N
         f"engine {engine} joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach "
         f"rank {broken[0][1]}: {where}. Use engine='auto' or {other}."
     )
-    error.where = where
+    error.where, error.apart = where, broken[0]
     raise error

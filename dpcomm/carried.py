@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, _unregister_process_group
 
 from dpcomm import _native, carriers
 from dpcomm.errors import ArgumentError, CommTimeoutError, Error, UnsupportedError
@@ -149,8 +150,24 @@ class CarriedBuilder(MeshBuilder):
             timeout=timedelta(seconds=timeout_s),
         )
         assert isinstance(own, dist.ProcessGroup)
-        dist.distributed_c10d._world.pg_group_ranks[own] = {rank: i for i, rank in enumerate(ranks)}
+        forget(own)
         return own
+
+
+def forget(group: dist.ProcessGroup) -> None:
+    """Takes a group out of torch's books; whoever holds it goes on using it.
+
+    new_group(use_local_synchronization=True) names a group by how many are in the books. All its ranks must come to the
+    same name, whatever communicators each of them has.
+    """
+    world = dist.distributed_c10d._world
+    for tagged in world.tags_to_pg.values():
+        if group in tagged:
+            tagged.remove(group)
+    for book in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_to_tag):
+        book.pop(group, None)
+    with contextlib.suppress(RuntimeError):  # not in the one that compiled code reads
+        _unregister_process_group(group.group_name)
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:

@@ -305,13 +305,13 @@ class TorchCarrier(Carrier):
             _abandoned.append((self._group, dict(self._started)))
 
     def close(self) -> None:
-        """Lets go of the group, and torch of it, unless its backend may still be at work for it."""
+        """Lets go of the group, of which nobody else knows, unless its backend may still be at work for it."""
         super().close()
         self._started, self._spare = {}, []
         group, self._group = self._group, None
         if group is not None and not self._aborted.is_set():
-            with contextlib.suppress(ValueError, RuntimeError):  # the user has destroyed all groups
-                dist.destroy_process_group(group)
+            with contextlib.suppress(RuntimeError):  # not every backend has it
+                group.shutdown()
 
     def _staging(self, transfers: Transfers, nranks: int) -> tuple[torch.Tensor, list[int]]:
         """Memory for the messages, or more; and how many bytes of it belong to each rank."""

@@ -12,15 +12,15 @@ import weakref
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from dpcomm import _native, arrays, bootstrap
+from dpcomm import _native, arrays, bootstrap, groups
 from dpcomm import options as opt
 from dpcomm.calls import Calls, CpuCalls
 from dpcomm.carriers import CARRIER_THREADS
 from dpcomm.cuda_calls import CudaCalls
 from dpcomm.errors import ArgumentError, Error, InternalError
+from dpcomm.groups import Group
 from dpcomm.overlap import check_overlap
 from dpcomm.store_calls import THREAD as STORE_THREAD
 from dpcomm.work import Work
@@ -40,11 +40,13 @@ class Communicator:
     on all ranks. Cannot be pickled.
 
     Args:
-        group: The process group; None with no rank, nranks and store is the default group.
+        group: The process group, or one dimension of a DeviceMesh, such as mesh["dp"]; None with no rank, nranks and
+            store is the default group. Many communicators may live at once: docs/subgroups.md has the rules.
         rank, nranks, store: Instead of a group: this rank, how many there are, and a torch.distributed.Store that all
             reach. nranks=1 needs no store.
-        device: Where all arrays lie: None or "cpu"; or a GPU, as torch.device, "cuda", "cuda:1" or its ordinal. Calls
-            on a GPU are ordered as torch's own work is: behind what the current stream has, before what it gets.
+        device: Where all arrays lie: "cpu"; or a GPU, as torch.device, "cuda", "cuda:1" or its ordinal. None is "cpu",
+            or the kind of device that a mesh is made of. Calls on a GPU are ordered as torch's own work is: behind what
+            the current stream has, before what it gets.
         codec: What travels: "none", "fp16", or with algorithm="native" also "bf16"; calls may choose another.
         engine: "auto"; "shm" (on CPU, one host), "gloo" (on CPU, any hosts), "torch" (on CPU, any hosts, through a
             process group like the given one), "p2p" (on GPUs of one host) or "nccl" (on GPUs of any hosts; both without
@@ -68,7 +70,7 @@ class Communicator:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: Group | None = None,
         *,
         rank: int | None = None,
         nranks: int | None = None,
@@ -85,7 +87,8 @@ class Communicator:
         site = bootstrap.locate(group, rank, nranks, store)
         options: opt.Options | Error
         try:
-            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, device, max_ctas)
+            where = groups.device_for(group, device)
+            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, where, max_ctas)
         except Error as error:
             options = error  # told to all ranks before it is raised
         built = bootstrap.build(site, options) if site.nranks > 1 else None
@@ -224,8 +227,9 @@ class Communicator:
         made = opt.request(
             op, self.codec if codec is None else codec, self.algorithm if algorithm is None else algorithm
         )
-        if self._built is not None and made.algorithm == _native.ALGORITHMS["native"]:
-            opt.check_native(self.engine, made.codec_name)
+        engine = self.engine if self._built is not None else self._options.engine
+        if made.algorithm_name == "native" and engine != "auto":  # one rank of engine "auto": any would do
+            made = opt.narrowed(made, engine)
         with contextlib.suppress(TypeError):  # a ReduceOp that cannot be hashed is validated each time
             self._requests[type(op), op, codec, algorithm] = made  # the type: ReduceOp.SUM == 0
         return made

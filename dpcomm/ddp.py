@@ -16,11 +16,12 @@ from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dpcomm import arrays, ddp_cuda, ddp_model
+from dpcomm import arrays, ddp_cuda, ddp_model, groups
 from dpcomm import options as opt
 from dpcomm.communicator import EXIT_GRACE_S, Communicator
 from dpcomm.completer import Completer
 from dpcomm.errors import AbortedError, ArgumentError, CommTimeoutError, Error, InternalError, UnsupportedError
+from dpcomm.groups import Group
 
 logger = logging.getLogger("dpcomm")
 
@@ -34,7 +35,7 @@ class HookState:
     Construction is collective over the group. Pickling keeps the configuration only.
 
     Args:
-        process_group: The model's group; None is the default group.
+        process_group: The model's group, or one dimension of a DeviceMesh; None is the default group.
         codec: What travels; a bucket of a dtype that the codec does not serve travels as "none".
         communicator_keywords: Further arguments of `Communicator`.
 
@@ -43,12 +44,12 @@ class HookState:
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup | None = None, *, codec: str = "fp16", **communicator_keywords: Any
+        self, process_group: Group | None = None, *, codec: str = "fp16", **communicator_keywords: Any
     ) -> None:
         self._configure(codec, communicator_keywords, process_group)
         self._connect()
 
-    def _configure(self, codec: str, keywords: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    def _configure(self, codec: str, keywords: dict[str, Any], group: Group | None) -> None:
         self.comm: Communicator | None = None
         self._codec, self._keywords, self._group = codec, keywords, group
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
@@ -137,7 +138,7 @@ class HookState:
     def _start_sparse(self, comm: Communicator, buffer: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         """Sparse gradients go through torch.distributed, on the hook's own group."""
         self._say("sparse", "sparse gradients are reduced by torch.distributed, not by dpcomm")
-        work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        work = dist.all_reduce(buffer, group=groups.process_group(self._group), async_op=True)
         assert work is not None
         nranks, completer = comm.nranks, self._completer
 
@@ -162,10 +163,13 @@ class HookState:
         if name in request.dtypes and (not is_complex or comm.codec == "none"):
             return request
         plain = comm._request("mean", "none", None)
+        if name not in plain.dtypes:  # with algorithm "native" it may be the library that does not serve it
+            plain = comm._request("mean", "none", "auto")
         if name not in plain.dtypes:
             raise opt.refuse_dtype(name, plain)
         kind = f"complex (two {name})" if is_complex else name
-        self._say(kind, f"{kind} buckets travel as codec 'none': '{comm.codec}' does not serve them")
+        asked = comm.codec if plain.algorithm_name != "auto" or comm.algorithm == "auto" else comm.algorithm
+        self._say(kind, f"{kind} buckets travel as codec 'none': '{asked}' does not serve them")
         return plain
 
     def _refuse_join(self) -> None:
@@ -242,7 +246,7 @@ def allreduce_hook(state: HookState, bucket: GradBucket) -> torch.futures.Future
 
 
 def register_ddp_hook(
-    ddp: DistributedDataParallel, *, process_group: dist.ProcessGroup | None = None, **keywords: Any
+    ddp: DistributedDataParallel, *, process_group: Group | None = None, **keywords: Any
 ) -> HookState:
     """Lets dpcomm average a DDP model's gradients; collective over the model's group.
 
@@ -251,7 +255,7 @@ def register_ddp_hook(
 
     Args:
         ddp: The model, before its first backward; its parameters all on CPU or all on one GPU.
-        process_group: None is the model's own group; another must have the same ranks.
+        process_group: None is the model's own group; another, or a dimension of a DeviceMesh, must have the same ranks.
         keywords: Arguments of `HookState`, such as codec="none".
 
     Returns:
@@ -262,12 +266,13 @@ def register_ddp_hook(
     """
     device = ddp_model.check(ddp, _is_copy)
     group = ddp.process_group if process_group is None else process_group
-    ours, theirs = dist.get_process_group_ranks(ddp.process_group), dist.get_process_group_ranks(group)
+    ours = dist.get_process_group_ranks(ddp.process_group)
+    theirs = dist.get_process_group_ranks(groups.process_group(group))
     if ours != theirs:
         raise ArgumentError(
             f"register_ddp_hook: ddp uses ranks {ours}, communicator {theirs}. Leave process_group out."
         )
-    if device.type == "cuda":
+    if device.type == "cuda" or groups.device_type(group):  # a mesh is held to the model's device
         keywords.setdefault("device", device)
     state = HookState(group, **keywords)
     state._ddp = weakref.ref(ddp)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from dpcomm import arrays
+from dpcomm import arrays, groups
 from dpcomm.communicator import Communicator
 from dpcomm.errors import Error
+from dpcomm.groups import Group
 
 # The communicators of `allreduce`, one per process group and kind of device ("cpu", "cuda"). A group that was destroyed
 # and forgotten takes its entries along, and a new default group is a new object, so it gets communicators of its own.
@@ -25,7 +26,7 @@ def allreduce(
     *,
     codec: str | None = None,
     algorithm: str | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
     async_op: bool = False,
 ) -> Any:
     """Reduces x over the ranks of a process group, in place. See `Communicator.allreduce`.
@@ -35,18 +36,22 @@ def allreduce(
     same GPU. An empty list is a call on CPU, unless there has been no other than on a GPU.
 
     Args:
-        group: None is the default group.
+        group: A process group, or one dimension of a DeviceMesh, such as mesh["dp"]; None is the default group.
         codec: None means "none".
 
     Raises:
-        ArgumentError: There is no process group (or see `Communicator.allreduce`).
+        ArgumentError: There is no process group, or x is not on the kind of device that a mesh is made of.
+        Further errors: see `Communicator.allreduce`.
     """
     comm = communicator_of(group, _device(x, group))
     return comm.allreduce(x, op, codec=codec, algorithm=algorithm, async_op=async_op)
 
 
-def communicator_of(group: dist.ProcessGroup | None, device: str = "cpu") -> Communicator:
+def communicator_of(group: Group | None, device: str = "cpu") -> Communicator:
     """The communicator that `allreduce` uses for a group and arrays on a device; made at the first call."""
+    if group is not None:
+        device = groups.device_for(group, device)
+        group = groups.process_group(group)  # of a mesh, whose object lives no longer than the call
     key = dist.group.WORLD if group is None else group
     if key is None:
         return Communicator(device=device)  # raises: says which call is missing
@@ -64,7 +69,7 @@ def communicator_of(group: dist.ProcessGroup | None, device: str = "cpu") -> Com
             return made[kind]
 
 
-def _device(x: Any, group: dist.ProcessGroup | None) -> str:
+def _device(x: Any, group: Group | None) -> str:
     """Where the first array of x lies; what is no array is left to the communicator to refuse."""
     first = x
     if isinstance(x, (list, tuple)):
@@ -76,11 +81,13 @@ def _device(x: Any, group: dist.ProcessGroup | None) -> str:
     try:
         device = arrays.device_of(first)
     except Error:
-        return "cpu"
+        return groups.device_type(group) or "cpu"
     return device if device.startswith("cuda") else "cpu"
 
 
-def _device_of_nothing(group: dist.ProcessGroup | None) -> str:
+def _device_of_nothing(group: Group | None) -> str:
+    if kind := groups.device_type(group):
+        return kind
     try:
         made = _of_group.get(dist.group.WORLD if group is None else group)
     except TypeError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -163,14 +164,19 @@ def test_between_hosts_auto_takes_gloo_and_says_why(net: Hosts) -> None:
         assert about["engine"] == "gloo"
         for words in ("no shared memory", "ranks [0] on ", "ranks [1] on "):
             assert words in about["why"]
-    (line,) = [line for _, said in results for line in said if "gloo" in line]  # one rank speaks for all
-    assert "ranks [0] on " in line
+    (line,) = [line for _, said in results for line in said]  # one rank speaks for all
+    assert re.match(r"communicator #\d+ of 2 ranks: engine gloo between 2 hosts \(.*: rank 0; .*: rank 1\): ", line)
+    assert "no shared memory between rank 0 on " in line
+    assert line.endswith("; shm and p2p need one host, nccl GPUs, torch is only where asked for")
 
 
 def test_on_one_host_auto_takes_shm(pool: Pools) -> None:
-    for about, said in pool(2).run(describe):
-        assert about["engine"] == "shm"
-        assert not any("gloo" in line for line in said)
+    results = pool(2).run(describe)
+    assert [about["engine"] for about, _ in results] == ["shm"] * 2
+    (line,) = [line for _, said in results for line in said]
+    assert re.match(
+        r"communicator #\d+ of 2 ranks: engine shm on [^;]+: all ranks share one host and [^;]+; gloo", line
+    )
 
 
 def ask_for_shm(rank: int, nranks: int) -> Caught:
