@@ -366,13 +366,15 @@ def choose(_: int, __: int) -> tuple[list[tuple[str, str]], list[str], list[floa
     logger = logging.getLogger("dpcomm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native.P2pBuilder, "probe", lambda _, endpoints: [True] + [False] * (len(endpoints) - 1))
-        patch.setattr(logger, "level", logging.INFO)
+        level = logger.level
+        logger.setLevel(logging.INFO)  # an assignment would leave what the logger remembers of the old level
         logger.addHandler(handler)
         with ranks(3, engine="auto", codec="fp16") as members:
             xs = good(together(members, lambda m: float(m.reduce().x[0])))
             facts = [(m.comm.engine, m.comm.describe()["why"]) for m in members]
         refused = nccl_threads.construct(2, engine="p2p")
         logger.removeHandler(handler)
+        logger.setLevel(level)
     return facts, lines, xs, refused
 
 

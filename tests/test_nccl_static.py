@@ -189,7 +189,7 @@ FAULTS = {
     ),
     "narrow": Fault("core/portable.h", "struct alignas(16) Vec", "struct Vec", "narrow ld", "narrow st"),
     "waits": Fault(
-        "nccl/step_kernels.cuh",
+        "gpu/grid_lanes.cuh",
         "sync(bool ok) const { return ok; }",
         "sync(bool ok) const { return __syncthreads_and(ok); }",
         "waits",
