@@ -274,7 +274,11 @@ def make_crosswise(rank: int, nranks: int) -> tuple[list[Caught], list[float]]:
     """Rank 1 makes the pair's communicator first, the others that of all; then all in one order."""
     pair = dist.new_group([0, 1])
     order = [None, pair][:: -1 if rank == 1 else 1] if rank < 2 else [None]
-    caught = [catch(dpcomm.Communicator, group, timeout_s=TIMEOUT_S) for group in order]
+    caught = []
+    for step in range(2):
+        if step < len(order):
+            caught.append(catch(dpcomm.Communicator, order[step], timeout_s=TIMEOUT_S))
+        dist.barrier()  # else whose time is up first meets one who still waits
     sums = []
     for group in (None, pair) if rank < 2 else (None,):
         with dpcomm.Communicator(group, timeout_s=10.0) as comm:
