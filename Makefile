@@ -59,7 +59,7 @@ bench-smoke: venv ## ratios to gloo beside the committed ones, as information; u
 bench-train: venv ## step times of data-parallel training, dpcomm against stock DDP; under 8 minutes
 	$(BIN)/python benchmarks/train.py --out benchmarks/results
 
-bench-network: venv ## dpcomm between hosts that are network namespaces, beside gloo; as root; about 20 minutes
+bench-network: venv ## dpcomm between hosts that are network namespaces, beside gloo; as root; about 30 minutes
 	$(BIN)/python benchmarks/network.py
 
 bench-nccl: venv ## dpcomm beside stock NCCL on this host: GPUS=8 for eight GPUs; with one, virtual ranks

@@ -1,8 +1,8 @@
 """`make bench-network`: dpcomm between hosts beside gloo, at several rates of the links; and training across two hosts.
 
-Hosts are network namespaces (hosts.py) with a rank in each. Writes network.json, .md and .png, train-network.json and
-.md. Exit status: 0, 1 where a result was wrong or replicas differed, 2 where it could not run. How fast anything was
-does not change it.
+Hosts are network namespaces (hosts.py) with a rank or several in each. Writes network.json, .md and .png,
+train-network.json and .md. Exit status: 0, 1 where a result was wrong or replicas differed, 2 where it could not run.
+How fast anything was does not change it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import network_picture as picture
 import network_plan as plans
 import network_report as report
 import network_train_report as train_report
@@ -22,7 +23,7 @@ from allreduce import ELEM_BYTES, parse_size, why_not_importable
 from environment import describe_environment
 from hosts import Hosts, HostsError, hosts, why_no_hosts
 from launch import COLLECTIVE_TIMEOUT_S, LaunchError, stop, wait
-from train import numbers, words
+from train import words
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = ["allreduce", "train"]
@@ -38,58 +39,59 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--parts", type=words(PARTS), default=PARTS, help="with commas (default: allreduce,train)")
-    add("--hosts", type=numbers(int), help="a run for each, with commas (default: 2,3)")
+    add("--shapes", type=plans.parse_shapes, help="hosts x ranks on each, with commas (default: 2x1,3x1,2x2,3x2)")
     add("--rates", type=plans.parse_rates, help="Gb/s of each link, with commas (default: 0.1,1,5,unshaped)")
-    add("--sizes", help="bytes, with commas (default: 64K,256K,1M,4M,25M,100M)")
-    add("--contestants", default=f"{','.join(plans.PLAIN)},dpcomm", help="of all-reduce (default: %(default)s)")
+    add("--sizes", help="bytes, with commas (default: 64K,256K,1M,4M,25M,100M, fewer with several ranks)")
+    contestants = f"{','.join(plans.PLAIN)},dpcomm,{plans.FLAT}"
+    add("--contestants", default=contestants, help="of all-reduce; flat: with several ranks a host (%(default)s)")
     add("--trained", type=words(METHODS), default=TRAINED, help="contestants of training (default: stock,none,fp16)")
     add("--seconds-per-size", type=float, help=f"for all contestants (default: {plans.SECONDS_PER_SIZE:g})")
-    add(
-        "--quick", action="store_true", help="two hosts, 1 Gb/s, small sizes, a small model: in seconds; proves nothing"
-    )
+    add("--quick", action="store_true", help="2x1, 2x2, 1 Gb/s, small sizes, a small model: in seconds; proves nothing")
     add("--out", type=Path, default=FOLDER / "results", metavar="FOLDER", help="(default: benchmarks/results)")
+    add(
+        "--add", action="store_true", help="keep what the file has of other shapes; their environment stays beside them"
+    )
     add("--render", action="store_true", help="measure nothing: write pages and picture from the JSON files")
     add("--corrupt", metavar="NAME", help=argparse.SUPPRESS)  # spoils a contestant's results: must be noticed
     arguments = parser.parse_args(argv)
     default_s = plans.QUICK_SECONDS if arguments.quick else plans.SECONDS_PER_SIZE
-    arguments.hosts = arguments.hosts or ([2] if arguments.quick else list(plans.HOSTS))
-    arguments.rates = arguments.rates or ([1.0] if arguments.quick else list(plans.RATES))
+    arguments.shapes = arguments.shapes or list(plans.QUICK_SHAPES if arguments.quick else plans.SHAPES)
+    arguments.rates = arguments.rates or list(plans.QUICK_RATES if arguments.quick else plans.RATES)
     if arguments.seconds_per_size is None:
         arguments.seconds_per_size = default_s
     try:
         given = [parse_size(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
-    arguments.sizes = given or list(plans.QUICK_SIZES if arguments.quick else plans.SIZES)
+    arguments.sizes = given or list(plans.QUICK_SIZES if arguments.quick else [])  # none: what each shape has
     if any(size % ELEM_BYTES for size in arguments.sizes):
         parser.error(f"--sizes: multiples of {ELEM_BYTES}")
-    if not 2 <= min(arguments.hosts) <= max(arguments.hosts) <= 4:
-        parser.error("--hosts: 2 to 4")
     if not 0 <= arguments.seconds_per_size < 3600:
         parser.error("--seconds-per-size: 0 to 3600")
     return arguments
 
 
 def measure_allreduce(arguments: argparse.Namespace, codecs: list[str]) -> dict[str, Any]:
-    """All numbers of hosts and rates: the document that goes into network.json.
+    """All shapes and rates: the document that goes into network.json.
 
     Raises:
         HostsError, LaunchError, ValueError: It could not run.
     """
     selected = plans.parse_contestants(arguments.contestants, codecs)
-    planned = plans.runs(arguments.hosts, arguments.rates, arguments.sizes)
+    planned = plans.runs(arguments.shapes, arguments.rates, arguments.sizes)
     skipped = plans.skipped_rows(planned)
-    document: dict[str, Any] = {"benchmark": "network", "environment": describe_environment(), "communicator": {}}
+    document: dict[str, Any] = {"benchmark": "network", "environment": describe_environment()}
+    document |= {"communicator": {}, "two_levels": {}}  # what they say of themselves, in the last run of each
     document["settings"] = {"contestants": selected, "seconds_per_size": arguments.seconds_per_size}
     document |= {"skipped": skipped, "rows": []}
     print(report.LEGEND, *(f"# {report.skipped_text(each)}" for each in skipped), report.header(), sep="\n", flush=True)
-    for count in arguments.hosts:
-        with hosts(count) as net:
-            for run in [run for run in planned if run.hosts == count and run.sizes]:
+    for shape in arguments.shapes:
+        with hosts(shape[0]) as net:
+            for run in [run for run in planned if run[:2] == shape and run.sizes]:
                 net.shape(run.gbit)
                 plan = rank_plan(run, selected, arguments)
                 found = run_ranks(net, "network_rank.py", plan, deadline_s(run, arguments.seconds_per_size))
-                document["communicator"] = found["communicator"]
+                document["communicator" if run.ranks_per_host == 1 else "two_levels"] = found["communicator"]
                 document["rows"] += found["rows"]
     return document
 
@@ -97,9 +99,11 @@ def measure_allreduce(arguments: argparse.Namespace, codecs: list[str]) -> dict[
 def rank_plan(run: plans.Run, selected: list[tuple[str, str]], arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "hosts": run.hosts,
+        "ranks_per_host": run.ranks_per_host,
         "gbit": run.gbit,
         "sizes": run.sizes,
-        "contestants": selected,
+        # With one rank a host dpcomm is flat.
+        "contestants": [each for each in selected if each[0] != plans.FLAT or run.ranks_per_host > 1],
         "seconds_per_size": arguments.seconds_per_size,
         "corrupt": arguments.corrupt,
     }
@@ -108,7 +112,7 @@ def rank_plan(run: plans.Run, selected: list[tuple[str, str]], arguments: argpar
 def deadline_s(run: plans.Run, seconds_per_size: float) -> float:
     """Three times what the run is planned to take, and more for the start."""
     contestants, rounds = 8, plans.LEAST_ROUNDS + 1  # more than there are; the least, and the call that is checked
-    line_s = sum(plans.line_s(plans.sent_plainly(size, run.hosts), run.gbit) for size in run.sizes)
+    line_s = sum(plans.line_s(plans.longest(size, run.hosts, run.ranks_per_host), run.gbit) for size in run.sizes)
     return START_S + len(run.sizes) * (3 * seconds_per_size + SIZE_S) + 3 * contestants * rounds * line_s
 
 
@@ -120,7 +124,7 @@ def measure_training(arguments: argparse.Namespace, codecs: list[str]) -> dict[s
     """
     how = plans.QUICK_TRAIN if arguments.quick else plans.TrainPlan()
     document = {"benchmark": "train-network", "ranks": 2, "environment": describe_environment()}
-    plan = {"hosts": 2, "train": how._asdict(), "methods": arguments.trained, "codecs": codecs}
+    plan = {"hosts": 2, "ranks_per_host": 1, "train": how._asdict(), "methods": arguments.trained, "codecs": codecs}
     print(train_report.LEGEND, train_report.header(), sep="\n", flush=True)
     with hosts(2, how.gbit) as net:
         found = run_ranks(net, "network_train.py", plan, START_S + 3 * plans.train_s(how))
@@ -128,7 +132,7 @@ def measure_training(arguments: argparse.Namespace, codecs: list[str]) -> dict[s
 
 
 def run_ranks(net: Hosts, script: str, plan: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-    """Runs a rank on each host to its end. Returns what rank 0 wrote.
+    """Runs the plan's ranks on each host to their end. Returns what rank 0 wrote.
 
     Raises:
         LaunchError: A rank failed, or they did not end in time.
@@ -142,10 +146,11 @@ def run_ranks(net: Hosts, script: str, plan: dict[str, Any], deadline_s: float) 
         out = Path(folder) / "rank0.json"
         command = [sys.executable, str(FOLDER / script), json.dumps(plan | added | {"out": str(out)})]
         try:
-            for rank in range(net.count):
+            for rank in range(net.count * plan["ranks_per_host"]):
                 own = {"BENCHMARK_RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
                 env = {**os.environ, **own, **QUIET}
-                processes.append(subprocess.Popen([*net.command(rank), *command], env=env, start_new_session=True))
+                host = net.command(rank // plan["ranks_per_host"])
+                processes.append(subprocess.Popen([*host, *command], env=env, start_new_session=True))
             wait(processes, time.monotonic() + deadline_s)
         finally:
             stop(processes)
@@ -153,17 +158,33 @@ def run_ranks(net: Hosts, script: str, plan: dict[str, Any], deadline_s: float) 
     return document
 
 
-def write(document: dict[str, Any], folder: Path) -> list[str]:
-    """The files of one part. Returns the goals as text."""
+def with_others(document: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Adds the rows that the file has of shapes which were not measured now, and what they were measured with."""
+    before = json.loads(file.read_text())
+    own = {plans.shape_of(row) for row in document["rows"]}
+    kept = {key: [row for row in before[key] if plans.shape_of(row) not in own] for key in ("rows", "skipped")}
+    if not kept["rows"]:
+        return document
+    shapes = [plans.shape_text(*shape) for shape in dict.fromkeys(map(plans.shape_of, kept["rows"]))]
+    run = {"shapes": shapes, "environment": before["environment"], "settings": before["settings"]}
+    merged = {key: kept[key] + document[key] for key in kept}
+    communicators = {key: document[key] or before.get(key, {}) for key in ("communicator", "two_levels")}
+    return document | merged | communicators | {"other_runs": [run]}
+
+
+def write(document: dict[str, Any], folder: Path, add: bool = False) -> list[str]:
+    """The files of one part; `add`: see `with_others`. Returns the goals as text."""
     folder.mkdir(parents=True, exist_ok=True)
     training = document["benchmark"] == "train-network"
+    file = folder / f"{document['benchmark']}.json"
+    if add and not training and file.is_file():
+        document = with_others(document, file)
     found = (train_report if training else report).outcomes(document["rows"])
     document["goals"] = [vars(outcome) for outcome in found]
-    file = folder / f"{document['benchmark']}.json"
     file.write_text(json.dumps(document, indent=1, default=str) + "\n")
     file.with_suffix(".md").write_text((train_report if training else report).markdown(document))
     if not training:
-        report.draw(document, file.with_suffix(".png"))
+        picture.draw(document["rows"], file.with_suffix(".png"))
     print(f"wrote {file}, {'.md' if training else '.md and .png'} beside it", flush=True)
     return [f"goal: {outcome}" for outcome in found]
 
@@ -191,7 +212,7 @@ def main(argv: list[str]) -> int:
         makers = [parts[name] for name in PARTS if name in arguments.parts and not arguments.render]
         # Each part is written before the next one begins.
         for document in documents_of(arguments) if arguments.render else (make(arguments, codecs) for make in makers):
-            goals += write(document, arguments.out)
+            goals += write(document, arguments.out, arguments.add)
             rows += document["rows"]
     except (ValueError, HostsError, LaunchError) as error:
         print(error, file=sys.stderr)

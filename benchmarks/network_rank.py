@@ -1,6 +1,6 @@
 """One rank of the network benchmark: verifies and times every size, and writes the rows if it is rank 0.
 
-network.py starts it, on a host of its own, with a plan in JSON as its only argument. It does not know how a host is
+network.py starts it, on one of the hosts, with a plan in JSON as its only argument. It does not know how a host is
 made or a link is shaped. A round is a turn of each contestant, in an order that rotates; ratios are within a round.
 """
 
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from contestants import Contestant, make
 from goals import size_text
 from interleave import ELEM_BYTES, WARM_ELEMS, Buffers, Cell, over_all_ranks, spent_on
 from measure import percentile
+from network_bytes import busiest_host, interface_sent_by_all, leaving_share
 from network_report import line
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -31,18 +32,20 @@ from verification import Verdict, verify
 
 import dpcomm
 
-INTERFACE = "eth0"  # of every host
+OURS = ("dpcomm", plans.FLAT)
 Advance = Callable[[int], object]  # told of turns
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant, size, number of hosts and rate. Times are of the slowest rank."""
+    """One contestant, size, shape and rate. Times are of the slowest rank."""
 
     hosts: int
+    ranks_per_host: int
     gbit: float | None  # Gb/s that a link carries; None: not shaped
     contender: str
     variant: str
+    engine: str  # of dpcomm's
     size_bytes: int
     rounds: int
     calls: int
@@ -51,7 +54,7 @@ class Row:
     ratio: float  # gloo's median over this one's, within a round: the median of all rounds, the least, the most
     ratio_least: float
     ratio_most: float
-    sent_bytes: float  # by the busiest rank in a call: dpcomm's own count, for the others what the least would be
+    sent_bytes: float  # by the busiest host in a call: dpcomm's own count, for the others what the least would be
     counted_bytes: float  # what its interface counted, with TCP's headers and the few bytes of the ranks' meetings
     line_share: float | None  # bits of sent_bytes over the median time, over the rate
     wrong: int
@@ -69,6 +72,7 @@ class Subject:
     """A contestant at one size, on this rank."""
 
     cell: Cell
+    engine: str
     verdict: Verdict
     sent_bytes: float
     turns: list[int] = dataclasses.field(default_factory=list)  # calls in each
@@ -80,24 +84,41 @@ def main(plan: dict[str, Any]) -> None:
     rank = join(plan)
     selected = [(name, variant) for name, variant in plan["contestants"]]
     buffers = Buffers(max(plan["sizes"]) // ELEM_BYTES)
-    carried = any(name == "dpcomm" for name, _ in selected)
-    with dpcomm.Communicator(engine="gloo") if carried else nullcontext() as comm:
-        facts = checked(comm, rank) if comm is not None else {}
-        ranks: Any = comm if comm is not None else Ranks(plan["hosts"])
-        # All meet in the same calls: while ranks meet, the line is idle and its bucket fills.
-        contestants = [each._replace(meet=dist.all_reduce) for each in make(selected, ranks, buffers.source)]
-        rows = measure(contestants, plan, buffers, comm)
+    with ExitStack() as stack:
+        names = dict.fromkeys(name for name, _ in selected if name in OURS)
+        comms = {name: stack.enter_context(communicator(name, plan["ranks_per_host"], rank)) for name in names}
+        contestants = [contestant(name, variant, comms.get(name), buffers) for name, variant in selected]
+        rows = measure(contestants, plan, buffers, comms)
+        facts = comms["dpcomm"].describe() if "dpcomm" in comms else {}
     end({"communicator": facts, "rows": rows}, plan)
 
 
 def join(plan: dict[str, Any]) -> int:
     """Makes this process a rank of the default group, on gloo. Returns which."""
-    rank = int(os.environ["BENCHMARK_RANK"])
+    rank, nranks = int(os.environ["BENCHMARK_RANK"]), plan["hosts"] * plan["ranks_per_host"]
     timeout = datetime.timedelta(seconds=plan["collective_timeout_s"])
     store = TCPStore(plan["store_host"], plan["port"], is_master=False, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan["hosts"], timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=nranks, timeout=timeout)
     torch.set_num_threads(1)
     return rank
+
+
+def communicator(name: str, ranks_per_host: int, rank: int) -> dpcomm.Communicator:
+    """The one that a contestant of dpcomm's calls. Collective."""
+    if name == plans.FLAT or ranks_per_host == 1:
+        comm, expected = dpcomm.Communicator(engine="gloo"), "gloo"
+    else:
+        comm, expected = dpcomm.Communicator(engine="auto"), "two_level"
+    checked(comm, rank, expected)
+    return comm
+
+
+def contestant(name: str, variant: str, comm: dpcomm.Communicator | None, buffers: Buffers) -> Contestant:
+    """All meet in the same calls: while ranks meet, the line is idle and its bucket fills."""
+    called = "dpcomm" if comm is not None else name
+    ranks: Any = comm if comm is not None else Ranks(dist.get_world_size())
+    (made,) = make([(called, variant)], ranks, buffers.source)
+    return made._replace(name=name, meet=dist.all_reduce)
 
 
 def end(document: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -111,34 +132,37 @@ def end(document: dict[str, Any], plan: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def checked(comm: dpcomm.Communicator, rank: int) -> dict[str, Any]:
+def checked(comm: dpcomm.Communicator, rank: int, expected: str = "gloo") -> dict[str, Any]:
     """What the communicator says of itself.
 
     Raises:
-        RuntimeError: The bytes do not go over the network.
+        RuntimeError: The bytes do not go the way that is to be measured.
     """
     facts = comm.describe()
-    if facts["engine"] != "gloo":
-        raise RuntimeError(f"rank {rank}: engine {facts['engine']} ({facts['why']}) instead of gloo: nothing measured")
+    if facts["engine"] != expected:
+        found = f"engine {facts['engine']} ({facts['why']}) instead of {expected}"
+        raise RuntimeError(f"rank {rank}: {found}: nothing measured")
     return facts
 
 
 def measure(
-    contestants: list[Contestant], plan: dict[str, Any], buffers: Buffers, comm: dpcomm.Communicator | None
+    contestants: list[Contestant], plan: dict[str, Any], buffers: Buffers, comms: dict[str, dpcomm.Communicator]
 ) -> list[dict[str, Any]]:
     """The rows of all sizes; rank 0 shows how far it is. Collective."""
     first, rows = dist.get_rank() == 0, []
-    where = f"{plan['hosts']} hosts, {plans.rate_text(plan['gbit'])}"
+    shape = plans.shape_of(plan)
+    where = f"{plans.shape_text(*shape)}, {plans.rate_text(plan['gbit'])}"
     turns = len(plan["sizes"]) * len(contestants) * plans.MOST_ROUNDS
     with tqdm(total=turns, unit="turn", leave=False, disable=None if first else True) as bar:
         for size in plan["sizes"]:
             bar.set_description(f"{where}, {size_text(size)}")
             elems = size // ELEM_BYTES
             subjects = [
-                verified(each, elems, comm, "value" if each.name == plan["corrupt"] else None) for each in contestants
+                verified(each, elems, comms.get(each.name), shape, "value" if each.name == plan["corrupt"] else None)
+                for each in contestants
             ]
             time_rounds(subjects, elems, plan["seconds_per_size"], buffers, bar.update)
-            new = rows_of(subjects, plan["hosts"], plan["gbit"], size)
+            new = rows_of(subjects, shape, plan["gbit"], size)
             rows += [dataclasses.asdict(row) for row in new]
             for row in rows[-len(new) :] if first else []:
                 bar.write(line(row), file=sys.stdout)
@@ -146,7 +170,9 @@ def measure(
     return rows
 
 
-def verified(each: Contestant, elems: int, comm: dpcomm.Communicator | None, corrupt: str | None) -> Subject:
+def verified(
+    each: Contestant, elems: int, comm: dpcomm.Communicator | None, shape: tuple[int, int], corrupt: str | None
+) -> Subject:
     """One call whose result is checked; it also tells what a call sends and how long one takes. Collective."""
     spent = [0.0]
 
@@ -158,13 +184,15 @@ def verified(each: Contestant, elems: int, comm: dpcomm.Communicator | None, cor
 
     before = comm.stats()["wire_bytes"] if comm is not None else 0
     verdict = verify(allreduce, elems, each.precision, corrupt)
-    if each.name == "dpcomm" and comm is not None:
+    if comm is not None:
         sent = comm.stats()["wire_bytes"] - before
+        host_sent = busiest_host(sent * leaving_share(comm.engine, each.variant, elems, shape), shape)
     else:
         elem_bytes = 2 if each.name == "fp16_compress_hook" else ELEM_BYTES
-        sent = plans.sent_plainly(elems * elem_bytes, dist.get_world_size())
-    spent_s, most_sent = largest([spent[0], sent])
-    return Subject(Cell(each, "hot", seconds_a_call=spent_s), verdict, most_sent)
+        host_sent = plans.sent_plainly(elems * elem_bytes, dist.get_world_size())
+    (spent_s,) = largest([spent[0]])
+    engine = comm.engine if comm is not None else ""
+    return Subject(Cell(each, "hot", seconds_a_call=spent_s), engine, verdict, host_sent)
 
 
 def time_rounds(subjects: list[Subject], elems: int, budget_s: float, buffers: Buffers, advance: Advance) -> None:
@@ -180,36 +208,43 @@ def time_rounds(subjects: list[Subject], elems: int, budget_s: float, buffers: B
         for subject in subjects[first:] + subjects[:first]:  # nobody has the same neighbour in every round
             cell = subject.cell
             calls = max(1, min(plans.MOST_TURN_CALLS, int(turn_s / cell.seconds_a_call)))
-            before = interface_sent()
+            before = interface_sent_by_all()
             spent += spent_on(cell, elems, calls, buffers)
-            subject.counted_bytes += interface_sent() - before
+            subject.counted_bytes += interface_sent_by_all() - before
             subject.counted_calls += calls + warm_calls
             subject.turns.append(calls)
             advance(1)
 
 
-def rows_of(subjects: list[Subject], hosts: int, gbit: float | None, size: int) -> list[Row]:
+def rows_of(subjects: list[Subject], shape: tuple[int, int], gbit: float | None, size: int) -> list[Row]:
     """The figures of one size. Collective."""
     times = [over_all_ranks(subject.cell) for subject in subjects]
     medians = [round_medians(its, subject.turns) for its, subject in zip(times, subjects, strict=True)]
     gloo = next(its for its, subject in zip(medians, subjects, strict=True) if subject.cell.contestant.name == "gloo")
     counted = largest([subject.counted_bytes / subject.counted_calls for subject in subjects])
     return [
-        row_of(subject, its, ratios(gloo, own), most, (hosts, gbit, size))
+        row_of(subject, its, ratios(gloo, own), most, shape, (gbit, size))
         for subject, its, own, most in zip(subjects, times, medians, counted, strict=True)
     ]
 
 
 def row_of(
-    subject: Subject, times: list[float], over: list[float], counted: float, where: tuple[int, float | None, int]
+    subject: Subject,
+    times: list[float],
+    over: list[float],
+    counted: float,
+    shape: tuple[int, int],
+    where: tuple[float | None, int],
 ) -> Row:
-    hosts, gbit, size = where
+    gbit, size = where
     median_us = statistics.median(times)
     return Row(
-        hosts=hosts,
+        hosts=shape[0],
+        ranks_per_host=shape[1],
         gbit=gbit,
         contender=subject.cell.contestant.name,
         variant=subject.cell.contestant.variant,
+        engine=subject.engine,
         size_bytes=size,
         rounds=len(subject.turns),
         calls=len(times),
@@ -243,15 +278,6 @@ def largest(values: list[float]) -> list[float]:
     dist.all_reduce(found, dist.ReduceOp.MAX)
     maxima: list[float] = found.tolist()
     return maxima
-
-
-def interface_sent() -> int:
-    """Bytes that this host's interface has sent. /proc/self/net is that of the process's own network."""
-    for text in Path("/proc/self/net/dev").read_text().splitlines():
-        name, _, counters = text.partition(":")
-        if name.strip() == INTERFACE:
-            return int(counters.split()[8])  # 8 counters of what was received come first
-    raise RuntimeError(f"no interface {INTERFACE}: this is not a host of the network benchmark")
 
 
 if __name__ == "__main__":

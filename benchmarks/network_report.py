@@ -1,9 +1,8 @@
-"""Table, page, picture and goals of all-reduces between hosts. It knows rows of results only, not how they were
+"""Table, page and goals of all-reduces between hosts. It knows rows of results only, not how they were
 measured."""
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import network_plan as plans
@@ -32,17 +31,17 @@ HEADS = [
 ]
 LEGEND = """\
 # time: median of the slowest rank; vs gloo: gloo's over this one's within a round, the median; rounds: least and most
-# sent: by the busiest rank in a call, as dpcomm counts it, for the others the least there is; counted: by its
+# sent: by the busiest host in a call, as dpcomm counts it, for the others the least there is; counted: by its
 # interface, with headers; of line: bits sent over the time, over the rate; error: relative L2 against fp64"""
 HEAD = """# All-reduce between hosts
 
 Written by `benchmarks/network.py` from the JSON file beside it; do not edit. How it is measured and how to read it:
 [docs/benchmarks.md](../../docs/benchmarks.md#between-hosts). Hosts are network namespaces of one machine, which share
 its processors; their links are shaped both ways. float32, sum."""
-PICTURE_BYTES = 25 * MIB
 LARGE = 4 * MIB  # from here on the line is what counts
 OVER_GLOO_SHAPED, OVER_GLOO_UNSHAPED, LEAST_LINE_SHARE, NEVER_BELOW = 1.9, 1.2, 0.93, 0.95
 NEVER_SLOWER = ("none", "auto")  # codecs that promise it
+TWO_LEVELS_GBIT, TWO_LEVELS_OVER_GLOO = 1.0, {"none": 1.4, "fp16": 2.8}
 
 
 def header() -> str:
@@ -58,7 +57,7 @@ def line(row: Row) -> str:
 def cells(row: Row) -> list[str]:
     """One row as text, in the order of HEADS."""
     return [
-        str(row["hosts"]),
+        shape_cell(row),
         plans.rate_text(row["gbit"]),
         size_text(row["size_bytes"]),
         label(row),
@@ -83,8 +82,13 @@ def skipped_text(skipped: Row) -> str:
     )
 
 
+def shape_cell(row: Row) -> str:
+    hosts, each = plans.shape_of(row)
+    return str(hosts) if each == 1 else f"{hosts}x{each}"
+
+
 def where(row: Row) -> str:
-    return f"{row['hosts']} hosts, {plans.rate_text(row['gbit'])}, {size_text(row['size_bytes'])}"
+    return f"{plans.shape_text(*plans.shape_of(row))}, {plans.rate_text(row['gbit'])}, {size_text(row['size_bytes'])}"
 
 
 def codec_of(row: Row) -> str:
@@ -93,18 +97,30 @@ def codec_of(row: Row) -> str:
 
 
 def markdown(document: Document) -> str:
-    """The page: goals, picture, a table for each number of hosts and rate."""
+    """The page: goals, picture, a table for each shape and rate."""
     parts = [HEAD, environment_text(document["environment"])]
+    for run in document.get("other_runs", ()):
+        parts.append(f"Rows of {', '.join(run['shapes'])} are of another run. {environment_text(run['environment'])}")
     parts.append(goals_table(outcomes(document["rows"])))
     parts += [f"**Doubtful**: {text}." for text in doubtful_rows(document["rows"])]
     parts.append("![time of 25 MiB against the rate of the links](network.png)")
-    for hosts, gbit in dict.fromkeys((row["hosts"], row["gbit"]) for row in document["rows"]):
-        rows = [row for row in document["rows"] if (row["hosts"], row["gbit"]) == (hosts, gbit)]
-        parts += [f"## {hosts} hosts, {plans.rate_text(gbit)}"]
+    for shape, gbit in dict.fromkeys((plans.shape_of(row), row["gbit"]) for row in document["rows"]):
+        rows = [row for row in document["rows"] if (plans.shape_of(row), row["gbit"]) == (shape, gbit)]
+        parts += [f"## {plans.shape_text(*shape)}, {plans.rate_text(gbit)}"]
+        parts += [allowed_text(shape)] if shape[1] > 1 and gbit is not None else []
         parts.append(table([name for name, _ in HEADS[2:]], [cells(row)[2:] for row in rows]))
-        skipped = [each for each in document["skipped"] if (each["hosts"], each["gbit"]) == (hosts, gbit)]
+        skipped = [each for each in document["skipped"] if (plans.shape_of(each), each["gbit"]) == (shape, gbit)]
         parts += [skipped_text(each) + "." for each in skipped]
     return "\n\n".join(parts) + "\n"
+
+
+def allowed_text(shape: tuple[int, int]) -> str:
+    """What no all-reduce in two levels can exceed where the line is all that counts."""
+    none, fp16 = (plans.gain_at_line_rate(*shape, codec) for codec in ("none", "fp16"))
+    return (
+        f"On a line that is full two levels are at most {none:.2f}x as fast as gloo's ring with `none`, {fp16:.2f}x "
+        "with `fp16`: that is the quotient of the bytes that a host sends."
+    )
 
 
 def goals_table(found: list[Outcome]) -> str:
@@ -114,7 +130,8 @@ def goals_table(found: list[Outcome]) -> str:
 
 def outcomes(rows: list[Row]) -> list[Outcome]:
     """All goals, in order."""
-    fp16 = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == "fp16" and row["hosts"] == 2]
+    fp16 = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == "fp16"]
+    fp16 = [row for row in fp16 if plans.shape_of(row) == (2, 1)]
     slow = [row for row in fp16 if row["gbit"] is not None and row["gbit"] <= 1 and row["size_bytes"] >= LARGE]
     free = [row for row in fp16 if row["gbit"] is None and row["size_bytes"] >= LARGE]
     size = size_text(LARGE)
@@ -134,11 +151,27 @@ def outcomes(rows: list[Row]) -> list[Outcome]:
             f"fp16 at least {OVER_GLOO_UNSHAPED}x gloo from {size} on, two hosts, unshaped", free, OVER_GLOO_UNSHAPED
         ),
     ]
+    found += [goal for shape in plans.SHAPES if shape[1] > 1 for goal in two_level_goals(shape, rows)]
     codecs = dict.fromkeys(codec_of(row) for row in rows if row["contender"] == "dpcomm")
     for codec in [name for name in NEVER_SLOWER if name in codecs or name == "none"]:
         own = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == codec]
         found.append(least(f"{codec} nowhere below {NEVER_BELOW}x gloo", own, NEVER_BELOW))
     return found
+
+
+def two_level_goals(shape: tuple[int, int], rows: list[Row]) -> list[Outcome]:
+    """Against gloo's flat ring. The text has what the line allows: a goal beyond it cannot be reached."""
+    at_rate = [row for row in rows if (plans.shape_of(row), row["gbit"]) == (shape, TWO_LEVELS_GBIT)]
+    large = [row for row in at_rate if row["contender"] == "dpcomm" and row["size_bytes"] >= LARGE]
+    return [
+        least(
+            f"{codec} in two levels at least {bound}x gloo from {size_text(LARGE)} on, {plans.shape_text(*shape)} at "
+            f"{plans.rate_text(TWO_LEVELS_GBIT)} (the line allows {plans.gain_at_line_rate(*shape, codec):.2f}x)",
+            [row for row in large if codec_of(row) == codec],
+            bound,
+        )
+        for codec, bound in TWO_LEVELS_OVER_GLOO.items()
+    ]
 
 
 def ratio(row: Row) -> float:
@@ -169,50 +202,3 @@ def doubtful_rows(rows: list[Row]) -> list[str]:
         for row in rows
         if row["size_bytes"] >= MIB and not least_there <= row["counted_bytes"] / row["sent_bytes"] <= most
     ]
-
-
-def draw(document: Document, png_file: Path) -> None:
-    """Time of an all-reduce of 25 MiB (or the largest size there is) against the rate; a panel for each number of
-    hosts. Dotted: what the line needs for the bytes sent.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sizes = {row["size_bytes"] for row in document["rows"]}
-    size = PICTURE_BYTES if PICTURE_BYTES in sizes else max(sizes)
-    shown = [row for row in document["rows"] if row["size_bytes"] == size]
-    counts = sorted({row["hosts"] for row in shown})
-    figure, panels = pyplot.subplots(
-        1, len(counts), figsize=(7 * len(counts), 5), squeeze=False, constrained_layout=True
-    )
-    figure.suptitle(f"All-reduce of {size_text(size)}, float32, sum, between hosts")
-    shaped = sorted({row["gbit"] for row in shown if row["gbit"] is not None})
-    unshaped_at = 4 * max(shaped, default=1.0)  # a place of its own on a logarithmic axis
-    ticks = {gbit: f"{gbit:g}" for gbit in shaped}
-    ticks |= {unshaped_at: plans.UNSHAPED} if any(row["gbit"] is None for row in shown) else {}
-    for hosts, panel in zip(counts, panels[0], strict=True):
-        _fill(panel, [row for row in shown if row["hosts"] == hosts], unshaped_at)
-        panel.set(title=f"{hosts} hosts", xlabel="Gb/s of each link", ylabel="ms, median of the slowest rank")
-        panel.set(xscale="log", yscale="log", xticks=list(ticks), xticklabels=list(ticks.values()))
-        panel.minorticks_off()
-        panel.legend(fontsize=8)
-    figure.savefig(png_file, dpi=120)
-    pyplot.close(figure)
-
-
-def _fill(panel: Any, rows: list[Row], unshaped_at: float) -> None:
-    """A line for each contestant; dotted in its color what the link needs for the bytes of gloo and of each codec."""
-    for name in dict.fromkeys(label(row) for row in rows):
-        own = sorted((row for row in rows if label(row) == name), key=lambda row: row["gbit"] or unshaped_at)
-        style = "o-" if name.startswith("dpcomm") else "s--"
-        rates = [row["gbit"] or unshaped_at for row in own]
-        (drawn,) = panel.plot(rates, [row["median_ms"] for row in own], style, label=name, markersize=4)
-        shaped = [row for row in own if row["gbit"] is not None]
-        if shaped and (name == "gloo" or name.startswith("dpcomm")):
-            limits = [1e3 * plans.line_s(row["sent_bytes"], row["gbit"]) for row in shaped]
-            panel.plot([row["gbit"] for row in shaped], limits, ":", color=drawn.get_color(), label=f"line, {name}")

@@ -17,7 +17,7 @@ import plan_fit
 import plan_rows as measured
 from goals import size_text
 from model import filled
-from network_plan import UNSHAPED, rate_text
+from network_plan import UNSHAPED, rate_text, shape_text
 from plan_rows import Measured
 from render import table
 
@@ -64,13 +64,14 @@ def page(text: str) -> str:
 
 def blocks() -> dict[str, str]:
     """By the name of its markers."""
-    between = measured.between_hosts()
+    between, several = measured.between_hosts(), measured.several_a_host()
     found = {
-        "errors": errors_table(between, plan_constants.GLOO),
+        "errors": errors_table(between + several, plan_constants.GLOO),
         "held out": held_out_table(between),
         "shm": shm_table(),
         "shaped": rows_table([row for row in between if row.shaped]),
         "unshaped": rows_table([row for row in between if not row.shaped]),
+        "several": rows_table(several) if several else "None has been measured.",
     }
     return found | {name: printed(arguments) for name, arguments in EXAMPLES.items()}
 
@@ -80,12 +81,12 @@ def gbit(row: Measured) -> float | None:
 
 
 def errors_table(rows: list[Measured], fitted: Gloo | Shm) -> str:
-    """A line for each kind of rows and number of hosts."""
+    """A line for each kind of rows and shape, one rank a host first."""
     lines = []
     for name, kind in KINDS.items():
-        for hosts in sorted({row.place.hosts for row in rows}):
-            chosen = [row for row in rows if kind(row) and row.place.hosts == hosts]
-            lines.append([f"{name}, {hosts} hosts", *error_cells(chosen, fitted)])
+        for ranks, hosts in sorted({(row.place.ranks, row.place.hosts) for row in rows}):
+            chosen = [row for row in rows if kind(row) and (row.place.ranks, row.place.hosts) == (ranks, hosts)]
+            lines.append([f"{name}, {shape_text(hosts, ranks)}", *error_cells(chosen, fitted)])
     return table(["", *HEADS], lines)
 
 
@@ -135,7 +136,8 @@ def rows_table(rows: list[Measured]) -> str:
     for place in dict.fromkeys((row.place, row.load.plain) for row in rows):
         here = {row.name: row for row in rows if (row.place, row.load.plain) == place}
         first = next(iter(here.values()))
-        where = f"{first.place.hosts} hosts, {rate_text(gbit(first))}, {size_text(place[1])}"
+        shape = shape_text(first.place.hosts, first.place.ranks)
+        where = f"{shape}, {rate_text(gbit(first))}, {size_text(place[1])}"
         lines.append([where, *(cell(here[name]) if name in here else "-" for name in names)])
     return table(["measured > predicted, ms", *names], lines)
 

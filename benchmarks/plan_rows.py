@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from measure import percentile
+from network_plan import FLAT, shape_of
 
 from dpcomm.plan import counts
+from dpcomm.plan.constants import SHM
 from dpcomm.plan.counts import MIB, Load, Place
-from dpcomm.plan.cpu import Gloo, Shm, gloo_us, shm_us
+from dpcomm.plan.cpu import Gloo, Shm, gloo_us, shm_us, two_level_us
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HOOK = "fp16_compress_hook"  # casts, gloo's own all-reduce of half the bytes, casts back
@@ -42,34 +44,48 @@ class Measured(NamedTuple):
 
 
 def between_hosts(folder: Path = RESULTS) -> list[Measured]:
-    """The rows of network*.json that have a rank a host and a prediction: gloo, the hook, dpcomm's auto.
+    """The rows of network*.json that have a rank a host and a prediction: gloo, the hook, dpcomm's auto. Constants are
+    fitted to these.
 
     Raises:
         ValueError: There are none.
     """
+    found = [row for row in _rows_between(folder) if row.place.ranks == 1]
+    if not found:
+        raise ValueError(f"no measurements between hosts in {folder}")
+    return found
+
+
+def several_a_host(folder: Path = RESULTS) -> list[Measured]:
+    """Those with several ranks on each host: the same, and two levels. No constant was fitted to them."""
+    return [row for row in _rows_between(folder) if row.place.ranks > 1]
+
+
+def _rows_between(folder: Path) -> list[Measured]:
     found = []
     for file in sorted(folder.glob("network*.json")):
         document = json.loads(file.read_text())
         if document.get("benchmark") == "network":
             cores = document["environment"]["cores"]
             found += [row for each in document["rows"] if (row := _between(file.name, each, cores))]
-    if not found:
-        raise ValueError(f"no measurements between hosts in {folder}")
     return found
 
 
 def _between(file: str, row: dict[str, Any], cores: int) -> Measured | None:
-    n, gbit = row["hosts"], row["gbit"]
+    hosts, each = shape_of(row)
+    n, gbit = hosts * each, row["gbit"]
     codec, _, algorithm = row["variant"].partition("/")
-    if row.get("ranks_per_host", 1) != 1 or row["contender"] not in ("gloo", HOOK, "dpcomm"):
+    if row["contender"] not in ("gloo", HOOK, "dpcomm", FLAT):
         return None
-    if row["contender"] != "dpcomm":
+    if row["contender"] in ("gloo", HOOK):
         codec, algorithm = ("fp16" if row["contender"] == HOOK else "none"), "native"
     load = Load(row["size_bytes"] // 4, "float32", codec)
-    place = Place(n, 1, gbit and gbit * 1e9 / 8, cores / n)
+    place = Place(hosts, each, gbit and gbit * 1e9 / 8, cores / hosts)
     name = f"{row['contender']} {row['variant']}".strip()
+    if algorithm == "auto" and each > 1 and row["contender"] == "dpcomm":
+        algorithm = "two_level"
     chosen = counts.auto(load, n, network=True) if algorithm == "auto" else algorithm
-    if chosen not in ("direct", "oneshot", "ring", "native"):
+    if chosen not in ("direct", "oneshot", "ring", "native", "two_level"):
         return None
     return Measured(file, name, place, load, chosen, 1e3 * row["median_ms"])
 
@@ -102,6 +118,8 @@ def predicted_us(row: Measured, fitted: Gloo | Shm) -> float:
     """What the model says of a row; the kind of constants says which model."""
     if isinstance(fitted, Shm):
         return shm_us(row.place, row.load, row.algorithm, fitted)
+    if row.algorithm == "two_level":
+        return two_level_us(row.place, row.load, fitted, SHM)
     return gloo_us(row.place, row.load, row.algorithm, fitted)
 
 

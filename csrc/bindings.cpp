@@ -126,6 +126,7 @@ py::dict describe(Queue& queue) {
   d["sequence"] = s.sequence;
   d["rejected_connections"] = s.rejected_connections;
   d["aside_bytes"] = s.aside_bytes;
+  if (!s.hosts.empty()) d["hosts"] = s.hosts, d["intra_codec"] = s.intra_codec;
   if (!s.carrier.empty()) d["carrier"] = s.carrier;
   if (s.device < 0) return d;
   d["device"] = s.device;
@@ -213,8 +214,8 @@ void add_constants(py::module_& m) {
       table({Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16, Dtype::int32, Dtype::int64});
   m.attr("OPS") = table({Op::sum, Op::mean, Op::min, Op::max});
   m.attr("CODECS") = table({CodecKind::none, CodecKind::fp16, CodecKind::bf16});
-  m.attr("ALGORITHMS") =
-      table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot, Algorithm::ring, Algorithm::native});
+  m.attr("ALGORITHMS") = table({Algorithm::automatic, Algorithm::direct, Algorithm::oneshot, Algorithm::ring,
+                                Algorithm::native, Algorithm::two_level});
 }
 
 void add_functions(py::module_& m) {

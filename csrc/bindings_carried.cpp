@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "cpu/carried_engine.h"
+#include "cpu/shm_builder.h"
 #include "queue.h"
 
 namespace py = pybind11;
@@ -95,13 +96,15 @@ struct CarriedQueue : Queue {
 std::unique_ptr<CarriedQueue> carried(int rank, const CarriedWish& wish, const std::vector<int>& pids,
                                       const std::vector<std::string>& hosts,
                                       const std::vector<std::pair<int, int>>& sockets, py::object carrier,
-                                      const std::string& simd, const std::string& engine) {
+                                      const std::string& simd, const std::string& engine, ShmBuilder* inside,
+                                      const std::vector<std::vector<int>>& inside_hosts, int intra_codec) {
   std::vector<PeerSockets> plane = own_sockets(sockets);  // first of all
   std::vector<CarriedPeer> peers;
   for (size_t r = 0; r < sockets.size(); ++r) peers.push_back({pids.at(r), hosts.at(r)});
+  std::unique_ptr<HostMemory> memory = inside ? inside->share(inside_hosts, CodecKind(intra_codec)) : nullptr;
   auto made = std::make_unique<CarriedEngine>(
       rank, wish, std::move(peers), std::make_unique<ControlPlane>(rank, std::move(plane)),
-      std::make_unique<PyCarrier>(std::move(carrier)), isa(simd.c_str()), engine);
+      std::make_unique<PyCarrier>(std::move(carrier)), isa(simd.c_str()), engine, std::move(memory));
   return std::make_unique<CarriedQueue>(made.release());
 }
 
@@ -120,7 +123,8 @@ void add_carried(py::module_& m) {
            py::arg("scratch_bytes"), py::arg("slice_bytes") = 0);
   py::class_<CarriedQueue, Queue>(m, "CarriedComm")
       .def(py::init(&carried), py::arg("rank"), py::arg("wish"), py::arg("pids"), py::arg("hosts"), py::arg("sockets"),
-           py::arg("carrier"), py::arg("simd"), py::arg("engine"))
+           py::arg("carrier"), py::arg("simd"), py::arg("engine"), py::arg("inside") = nullptr,
+           py::arg("inside_hosts") = std::vector<std::vector<int>>{}, py::arg("intra_codec") = int(CodecKind::none))
       .def(
           "verify",
           [](CarriedQueue& q, double timeout_s, const std::string& name) { q.carried.verify(timeout_s, name); },

@@ -41,11 +41,13 @@ struct NcclQueue : Queue {
 
 std::unique_ptr<NcclQueue> nccl_comm(int rank, int device, const NcclWish& wish, const std::vector<int>& pids,
                                      const std::vector<std::string>& hosts,
-                                     const std::vector<std::pair<int, int>>& descriptors) {
+                                     const std::vector<std::pair<int, int>>& descriptors,
+                                     const std::vector<std::vector<int>>& two_levels, int intra_codec) {
   std::vector<PeerSockets> sockets = own_sockets(descriptors);  // first of all: they are closed however this ends
   const nccl::Library* library = nccl::found_library();
   if (!library) throw Error(Code::internal, "NcclComm comes after find_nccl()");
-  NcclEngine::Place place{rank, device, wish, {}, std::move(sockets), *library};
+  NcclHosts places{two_levels, CodecKind(intra_codec)};
+  NcclEngine::Place place{rank, device, wish, {}, std::move(sockets), *library, std::move(places)};
   for (size_t r = 0; r < descriptors.size(); ++r) place.peers.push_back({pids.at(r), hosts.at(r)});
   const py::gil_scoped_release no_gil;
   return std::make_unique<NcclQueue>(NcclEngine::make(std::move(place)).release());
@@ -71,7 +73,7 @@ void add_comm(py::module_& m) {
            py::arg("scratch_bytes"), py::arg("slice_bytes") = 0, py::arg("max_ctas") = 0);
   py::class_<NcclQueue, Queue>(m, "NcclComm")
       .def(py::init(&nccl_comm), py::arg("rank"), py::arg("device"), py::arg("wish"), py::arg("pids"), py::arg("hosts"),
-           py::arg("sockets"))
+           py::arg("sockets"), py::arg("two_levels") = std::vector<std::vector<int>>(), py::arg("intra_codec") = 0)
       .def("connect", &connect, py::arg("unique_id"), py::arg("timeout_s"))
       .def("verify", &verify, py::arg("timeout_s"), py::arg("name"));
 }

@@ -57,6 +57,8 @@ const char* name_of(Algorithm algorithm) {
       return "oneshot";
     case Algorithm::ring:
       return "ring";
+    case Algorithm::two_level:
+      return "two_level";
     case Algorithm::native:
       return "native";
   }

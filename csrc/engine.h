@@ -47,6 +47,8 @@ struct Description {
   int64_t aside_bytes = 0;  // from which size on a carrier's own all-reduce takes what no codec encodes; 0: never
   uint64_t sequence = 0;
   std::vector<int> pids;
+  std::vector<std::vector<int>> hosts;  // of algorithm two_level: their ranks
+  std::string intra_codec;              // inside them
   // Of a device:
   int device = -1, max_ctas = 0;
   std::string device_name, arena;  // arena: "device" or "pinned"

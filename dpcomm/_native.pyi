@@ -139,10 +139,15 @@ class CarriedComm(Comm):
         carrier: object,
         simd: str,
         engine: str,
+        inside: ShmBuilder | None = None,
+        inside_hosts: list[list[int]] = ...,
+        intra_codec: int = ...,
     ) -> None:
         """Takes over the sockets: descriptors of two connections to each peer, control and headers; -1 for itself.
 
         hosts: empty for ranks whose process numbers mean something here.
+        inside: of engine two_level, the memory of the ranks of this host, bound; it is used up. inside_hosts: the ranks
+        of each host, ascending, hosts by their lowest rank. intra_codec: of CODECS, inside a host.
         """
     def verify(self, timeout_s: float, name: str) -> None:
         """The first call, on all ranks at once, in the caller's thread."""
@@ -257,8 +262,10 @@ class NcclComm(Comm):
         pids: list[int],
         hosts: list[str],
         sockets: list[tuple[int, int]],
+        two_levels: list[list[int]] = ...,
+        intra_codec: int = 0,
     ) -> None:
-        """Takes over the sockets, as CarriedComm does."""
+        """Takes over the sockets, as CarriedComm does. two_levels: each host's ranks, or []."""
     def connect(self, unique_id: bytes, timeout_s: float) -> None:
         """Joins the others, on all ranks at once. Waits until they have come, timeout_s at most; heeds Ctrl-C."""
     def verify(self, timeout_s: float, name: str) -> None:

@@ -26,13 +26,15 @@ from dpcomm import _native, chosen, environment, groups, processors
 from dpcomm.carried import CarriedBuilder
 from dpcomm.errors import ArgumentError, Error, P2PUnavailableError, UnsupportedError, bare_message
 from dpcomm.nccl import NcclBuilder
-from dpcomm.options import CARRIED_ENGINES, Options
-from dpcomm.records import Hello, bitmap, ranks_in
+from dpcomm.options import Options
+from dpcomm.reach import CannotShareError, check_reach
+from dpcomm.records import bitmap, ranks_in
 from dpcomm.rendezvous import NETWORK, PINNED, Rendezvous, Site, hello_of
+from dpcomm.two_level import TwoLevelBuilder, check_hosts
 
 logger = logging.getLogger("dpcomm")
 
-ENDPOINT_BYTES = SECRET_BYTES = 32
+SECRET_BYTES = 32
 CHANNELS_BYTES = 2
 
 
@@ -100,18 +102,6 @@ def one_host(where: str) -> str:
     return f"all ranks share one host and their data is on {where}"
 
 
-class CannotShareError(UnsupportedError):
-    """Ranks that share no memory, on all ranks alike.
-
-    Attributes:
-        where: Which rank is on which host.
-        apart: Two ranks that share none.
-    """
-
-    where = ""
-    apart: tuple[int, int] | None = None
-
-
 def build(site: Site, options: Options | Error) -> Built:
     """Builds the communicator of all ranks of a site; collective.
 
@@ -131,7 +121,7 @@ def build(site: Site, options: Options | Error) -> Built:
         built = _build_serving(meeting, accepted, payloads, site.group)
     except BaseException as cause:
         meeting.give_up(cause)
-        if isinstance(cause, CannotShareError):  # a name for this module alone
+        if isinstance(cause, CannotShareError):  # a name of ours alone
             raise UnsupportedError(str(cause)) from None
         raise
     if meeting.rank == 0:
@@ -141,11 +131,12 @@ def build(site: Site, options: Options | Error) -> Built:
 
 def _build_serving(meeting: Rendezvous, options: Options, payloads: list[bytes], group: Any) -> Built:
     """With the engine to try, or the one that takes its place. `payloads`: of stage `validate`."""
-    why = "asked for" if options.engine != "auto" else "algorithm native" if options.algorithm == "native" else ""
-    if options.serving in CARRIED_ENGINES:
+    asked_so = options.algorithm in ("native", "two_level")
+    why = "asked for" if options.engine != "auto" else f"algorithm {options.algorithm}" if asked_so else ""
+    if options.serving in ("gloo", "torch"):
         return _build_carried(meeting, options, options.serving, group, why)
     if options.serving == "nccl":
-        return _build_nccl(meeting, options, why)
+        return _build_nccl(meeting, options, why, _hosts_of(meeting, options))
     if options.serving == "p2p":
         channels = min(int.from_bytes(payload, "little") for payload in payloads)
         return _build_on_gpu(meeting, options, channels, why)
@@ -173,14 +164,25 @@ def p2p_wish(options: Options, pinned: bool) -> _native.P2pWish:
 
 
 def _build_on_cpu(meeting: Rendezvous, options: Options, group: Any, why: str) -> Built:
-    """Engine shm; where ranks share no host, and may have another, gloo."""
+    """Engine shm; where ranks share no host, and may have another, two_level or gloo."""
+    two_level = options.wants_hosts
     try:
         return Built(_build_shm(meeting, options), "shm", why or one_host("CPU"))
     except CannotShareError as error:
-        if options.engine != "auto":
+        if options.engine != "auto" and not two_level:
             raise
-        why, apart = f"no shared memory: {error.where}", error.apart
+        why, apart, hosts = why or f"no shared memory: {error.where}", error.apart, error.hosts
+    if two_level:
+        check_hosts(hosts)
+    if any(len(ranks) > 1 for ranks in hosts):
+        return _build_two_level(meeting, options, hosts, why)._replace(apart=None if two_level else apart)
     return _build_carried(meeting, options, "gloo", group, why)._replace(apart=apart)
+
+
+def _build_two_level(meeting: Rendezvous, options: Options, hosts: list[list[int]], why: str) -> Built:
+    meeting.begin_round(NETWORK)
+    comm = _build(meeting, options, lambda: TwoLevelBuilder(meeting, options, hosts), NETWORK)
+    return Built(comm, "two_level", why)
 
 
 def _build_on_gpu(meeting: Rendezvous, options: Options, channels: int, why: str) -> Built:
@@ -191,12 +193,24 @@ def _build_on_gpu(meeting: Rendezvous, options: Options, channels: int, why: str
         if options.engine != "auto":
             raise
         why, apart = f"no shared memory: {error.where}", error.apart
-    return _build_nccl(meeting, options, why)._replace(apart=apart)
+    return _build_nccl(meeting, options, why, [])._replace(apart=apart)
 
 
-def _build_nccl(meeting: Rendezvous, options: Options, why: str) -> Built:
+def _build_nccl(meeting: Rendezvous, options: Options, why: str, hosts: list[list[int]]) -> Built:
     meeting.begin_round(NETWORK)
-    return Built(_build(meeting, options, lambda: NcclBuilder(meeting, options), NETWORK), "nccl", why)
+    return Built(_build(meeting, options, lambda: NcclBuilder(meeting, options, hosts), NETWORK), "nccl", why)
+
+
+def _hosts_of(meeting: Rendezvous, options: Options) -> list[list[int]]:
+    """Which ranks share a host, for two levels between GPUs: who can pass whom a descriptor; empty where not asked."""
+    if not options.wants_hosts:
+        return []
+    try:
+        _build_shm(meeting, options)
+    except CannotShareError as error:
+        check_hosts(error.hosts)
+        return error.hosts
+    raise AssertionError("check_reach() always says where ranks are, if that is wanted")
 
 
 def _build_carried(meeting: Rendezvous, options: Options, engine: str, group: Any, why: str) -> Built:
@@ -290,10 +304,13 @@ def _build(meeting: Rendezvous, options: Options, begin: Callable[[], Builder], 
 
     try:
         payloads = meeting.stage("allocate" + suffix, allocate)
-        endpoints = [payload[:ENDPOINT_BYTES] for payload in payloads]
-        secret = payloads[0][ENDPOINT_BYTES:]
+        secret = payloads[0][-SECRET_BYTES:]
+        endpoints = [payloads[0][:-SECRET_BYTES], *payloads[1:]]
         reached = meeting.stage("probe" + suffix, lambda: bitmap(builders[0].probe(endpoints)))
-        _check_reach(options.serving, [set(ranks_in(payload)) for payload in reached], meeting.hellos)
+        if suffix != NETWORK:
+            check_reach(
+                options.serving, options.wants_hosts, [set(ranks_in(payload)) for payload in reached], meeting.hellos
+            )
         meeting.stage("bind" + suffix, bind)
         meeting.stage("verify" + suffix, verify)
         return comms[0]
@@ -304,25 +321,3 @@ def _build(meeting: Rendezvous, options: Options, begin: Callable[[], Builder], 
         raise
     finally:
         builders.clear()
-
-
-def _check_reach(engine: str, reached: list[set[int]], hellos: list[Hello]) -> None:
-    """Raises, on all ranks alike, where some pair cannot share memory."""
-    every = set(range(len(reached)))
-    broken = [(rank, min(every - seen)) for rank, seen in enumerate(reached) if every - seen]
-    if not broken:
-        return
-    places: dict[tuple[str, str, int], list[int]] = {}
-    for hello in hellos:
-        places.setdefault((hello.hostname, hello.boot_id, hello.net_namespace), []).append(hello.rank)
-    where = "; ".join(
-        f"ranks {ranks} on {hostname} (network namespace {namespace})"
-        for (hostname, _, namespace), ranks in places.items()
-    )
-    other = "'nccl'" if engine == "p2p" else "'gloo', for data on CPU"
-    error = CannotShareError(
-        f"engine {engine} joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach "
-        f"rank {broken[0][1]}: {where}. Use engine='auto' or {other}."
-    )
-    error.where, error.apart = where, broken[0]
-    raise error

@@ -7,15 +7,16 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, _unregister_process_group
 
 from dpcomm import _native, carriers
-from dpcomm.errors import ArgumentError, CommTimeoutError, Error, UnsupportedError
+from dpcomm.errors import ArgumentError, CommTimeoutError, Error, InternalError, UnsupportedError
 from dpcomm.mesh import MeshBuilder
-from dpcomm.options import Options
+from dpcomm.options import Options, engine_reason
 from dpcomm.rendezvous import Rendezvous
 
 LOOK_S = 0.05  # how often the wait for torch's own connections looks for failures
@@ -29,11 +30,12 @@ class CarriedBuilder(MeshBuilder):
     Args:
         meeting: Where the ranks have met.
         options: This rank's options.
-        engine: "gloo" or "torch".
+        engine: "gloo", "torch" or "two_level".
         group: The user's process group; None where there is none.
 
     Raises:
         ArgumentError: GLOO_SOCKET_IFNAME names no interface of this host; or engine torch has no process group.
+        UnsupportedError: torch has no gloo.
         SystemResourceError: This host does not let us listen.
     """
 
@@ -42,13 +44,37 @@ class CarriedBuilder(MeshBuilder):
             raise ArgumentError(
                 "engine='torch' needs a process group to move messages. Pass one, or use engine='gloo'."
             )
+        if engine != "torch" and (reason := engine_reason("gloo")):
+            raise UnsupportedError(f"engine {engine}: {reason}. Use engine='torch', or another build of torch.")
         super().__init__(meeting)
         self._options, self._engine, self._group = options, engine, group
+        self._inside: _native.ShmBuilder | None = None  # of engine two_level: what the ranks of this host share
+        self._inside_hosts: list[list[int]] = []
+        self._heard_inside: list[str] = []
         # On the user's thread: which GPU is the current one is a thread's own affair.
         self._device = device_of(group) if engine == "torch" and group is not None else torch.device("cpu")
+        self._made: tuple[_native.CarriedComm, carriers.Carrier] | None = None
 
-    def finish(self, timeout_s: float, name: str) -> _native.Comm:
-        """Connects the carrier and makes the first call."""
+    def bind(self, secret: bytes, timeout_s: float) -> None:
+        """Proves and checks the connections, shares memory inside the host, and takes the rest of the memory.
+
+        All that before anybody connects the carrier: whoever waits inside torch is not told why another does not come.
+        """
+        super().bind(secret, timeout_s)
+        try:
+            if self._inside is not None:
+                self._inside.bind(secret, self._meeting.remaining_s())
+            self._made = self._make()
+        finally:
+            if self._inside is not None:
+                self._heard_inside = self._inside.warnings()
+            self._inside = None  # hangs up: others of this host need not wait for a rank that has failed
+
+    def warnings(self) -> list[str]:
+        """About strangers that called."""
+        return super().warnings() + self._heard_inside
+
+    def _make(self) -> tuple[_native.CarriedComm, carriers.Carrier]:
         carrier: carriers.Carrier
         carrier, scratch_bytes = carriers.GlooCarrier(), self._options.arena_bytes
         if self._engine == "torch":  # whose copies take as much as the slots, at most
@@ -62,24 +88,37 @@ class CarriedBuilder(MeshBuilder):
             carrier=carrier,
             simd=self._options.simd,
             engine=self._engine,
+            inside=self._inside,
+            inside_hosts=self._inside_hosts,
+            intra_codec=_native.CODECS[self._options.intra_codec],
         )
+        return comm, carrier
+
+    def finish(self, timeout_s: float, name: str) -> _native.Comm:
+        """Connects the carrier and makes the first call."""
+        if self._made is None:
+            raise InternalError("finish() before bind()")
+        (comm, carrier), self._made = self._made, None
         try:
             carrier.end_on_failure(comm)
             self._run_beside(comm, lambda: self._begin(comm, carrier, timeout_s, name))
             carrier.serve(comm)
-        except BaseException:
+        except BaseException as error:
+            comm.abort(repr(error))
+            comm.wait_failed(END_S)  # all know before this rank says goodbye, which ends nobody's wait for torch
             carrier.abort()  # the first call may be in it; once closed, nobody else would
             comm.close(0.0)
             raise
         return comm
 
     def _begin(self, comm: _native.CarriedComm, carrier: carriers.Carrier, timeout_s: float, name: str) -> None:
-        if self._engine == "gloo":
-            store = PrefixStore(self._meeting.key("gloo"), self._meeting.store)
+        store = own_client(self._meeting.store)
+        if self._engine != "torch":
+            store = PrefixStore(self._meeting.key("gloo"), store)
             rank, nranks, host = self._meeting.rank, self._meeting.nranks, self._address.host
             carrier.connect(carriers.gloo_groups(store, rank, nranks, host, timeout_s))
         else:
-            carrier.connect(self._torch(timeout_s))
+            carrier.connect(self._torch(store, timeout_s))
         comm.verify(timeout_s, name)
 
     def _run_beside(self, comm: _native.CarriedComm, work: Callable[[], None]) -> None:
@@ -122,8 +161,11 @@ class CarriedBuilder(MeshBuilder):
             if comm.wait_failed(END_S):
                 comm.check()  # what is behind it
             comm.abort(f"torch could not connect the ranks: {failures[0]}")
-            comm.wait_failed(END_S)  # all know before this rank says goodbye
-            raise UnsupportedError(f"engine {self._engine}: torch could not connect the ranks: {failures[0]}")
+            raise UnsupportedError(
+                f"engine {self._engine}: torch could not connect the ranks: {failures[0]}. This rank listens at "
+                f"{self._address.host} ({self._address.why}); GLOO_SOCKET_IFNAME names the interface that reaches the "
+                "others."
+            )
 
     def _late(self) -> Error:
         me = self._meeting.hellos[self._meeting.rank]
@@ -133,7 +175,7 @@ class CarriedBuilder(MeshBuilder):
             "timeout_s too short?"
         )
 
-    def _torch(self, timeout_s: float) -> dist.ProcessGroup:
+    def _torch(self, store: Any, timeout_s: float) -> dist.ProcessGroup:
         """A group like the user's, for messages alone: calls on one group must come in the same order on all ranks.
 
         Not with dist.new_group: it counts the groups that a rank is in to name one, and ranks are in different ones.
@@ -145,13 +187,25 @@ class CarriedBuilder(MeshBuilder):
             self._meeting.rank,
             ranks,
             dist.Backend(dist.get_backend(self._group)),
-            PrefixStore(name, self._meeting.store),
+            PrefixStore(name, store),
             name,  # type: ignore[arg-type]
             timeout=timedelta(seconds=timeout_s),
         )
         assert isinstance(own, dist.ProcessGroup)
         forget(own)
         return own
+
+
+def own_client(store: Any) -> Any:
+    """The same store through a connection of its own, where this torch and kind of store have that.
+
+    A TCPStore's client that waits for a key keeps all others of its connection waiting: a rank whose peer has failed
+    could say so to nobody.
+    """
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError):
+        return store
 
 
 def forget(group: dist.ProcessGroup) -> None:

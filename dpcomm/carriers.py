@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dpcomm import _native
 from dpcomm.arrays import bytes_at
+from dpcomm.errors import SystemResourceError
 
 logger = logging.getLogger("dpcomm")
 
@@ -27,7 +28,7 @@ Arrival: TypeAlias = "tuple[int, int, str]"  # kind, peer or -1, the library's w
 
 HERE: Arrival = (_native.ARRIVALS["here"], -1, "")
 ABORTED: Arrival = (_native.ARRIVALS["broken"], -1, "aborted")
-# Tags tell exchanges apart that are on their way at once; none of them is ever awaited as LAST_TAG is.
+# Tags tell messages apart that are on their way at once; none of them is ever awaited as LAST_TAG is.
 TAGS = 1 << 20
 LAST_TAG = 2**31 - 1
 CARRIER_THREADS = ("dpcomm-calls", "dpcomm-abort")
@@ -93,7 +94,10 @@ class Carrier:
 
     def _start(self, run: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=run, name=name, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise SystemResourceError(f"{error}. Raise the limit of processes (ulimit -u).") from error
         self._threads.append(thread)
 
 
@@ -133,6 +137,8 @@ class GlooCarrier(Carrier):
         super().__init__()
         self._groups: GlooGroups | None = None
         self._rank = -1
+        self._sent: list[int] = []  # messages, by peer: the next one's tag, which the peer counts alike
+        self._received: list[int] = []
         self._works: dict[int, list[tuple[int, Any, int]]] = {}  # peer, work, how many time limits it has
         self._adding: list[Any] = []  # of the last add()
         self._aborting = threading.Lock()
@@ -141,20 +147,23 @@ class GlooCarrier(Carrier):
     def connect(self, group: Any) -> None:
         """Takes the groups, which nobody else uses."""
         self._groups, self._rank = group, group.up.rank()
+        self._sent, self._received = [0] * group.up.size(), [0] * group.up.size()
 
     def exchange(self, ticket: int, sends: Transfers, receives: Transfers) -> None:
         """Starts the receives first: gloo sends what is asked for already without asking back."""
-        groups, rank, tag = self._groups, self._rank, ticket % TAGS
+        groups, rank = self._groups, self._rank
         assert groups is not None
         if self._aborted:  # connections that are closed swallow what is given to them, without an error
             return
         works = self._works[ticket] = []
         for peer, address, count in receives:
             group = groups.up if peer < rank else groups.down
-            works.append((peer, group.recv([bytes_at(address, count)], peer, tag), 1))
+            works.append((peer, group.recv([bytes_at(address, count)], peer, self._received[peer] % TAGS), 1))
+            self._received[peer] += 1
         for peer, address, count in sends:
             group = groups.up if peer > rank else groups.down
-            works.append((peer, group.send([bytes_at(address, count)], peer, tag), 1))
+            works.append((peer, group.send([bytes_at(address, count)], peer, self._sent[peer] % TAGS), 1))
+            self._sent[peer] += 1
 
     def adds(self, dtype: str) -> bool:
         """gloo's ring adds in the type itself, so 16-bit floats would be rounded at each rank."""

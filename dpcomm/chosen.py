@@ -8,15 +8,22 @@ from dpcomm.records import Hello
 
 MOST_HOSTS = 8  # that a line names
 
-# Why not the others, where nobody named an engine: by what was taken, and whether algorithm "native" was asked for.
+# Why not the others, where nobody named an engine: by what was taken, and the algorithm that was asked for if only some
+# engines have it.
+HERE = "shm and p2p need one host"
+ONE_EACH = "gloo is for hosts with one rank each"
 OTHERS = {
-    ("shm", False): "gloo is for several hosts, torch only where asked for, p2p and nccl need GPUs",
-    ("gloo", False): "shm and p2p need one host, nccl GPUs, torch is only where asked for",
-    ("gloo", True): "shm and torch have no all-reduce of a library, p2p and nccl need GPUs",
-    ("p2p", False): "nccl is for several hosts; shm, gloo and torch are for data on CPU",
-    ("nccl", False): "p2p needs one host; shm, gloo and torch are for data on CPU",
-    ("nccl", True): "p2p has no all-reduce of a library; shm, gloo and torch are for data on CPU",
+    ("shm", ""): "gloo and two_level are for several hosts, torch only where asked for, p2p and nccl need GPUs",
+    ("two_level", ""): f"{HERE}, {ONE_EACH}, nccl needs GPUs, torch is only where asked for",
+    ("two_level", "two_level"): "no other has it",
+    ("gloo", ""): f"{HERE}, two_level ranks that share one, nccl GPUs, torch is only where asked for",
+    ("gloo", "native"): "shm and torch have no all-reduce of a library, two_level has gloo's, p2p and nccl need GPUs",
+    ("p2p", ""): "nccl is for several hosts; shm, gloo, two_level and torch are for data on CPU",
+    ("nccl", ""): "p2p needs one host; shm, gloo, two_level and torch are for data on CPU",
+    ("nccl", "two_level"): "engine two_level is for data on CPU, no other has it",
+    ("nccl", "native"): "p2p has no all-reduce of a library; shm, gloo, two_level and torch are for data on CPU",
 }
+OF_SOME_ENGINES = ("native", "two_level")
 
 
 def line(number: int, hellos: Sequence[Hello], engine: str, why: str, apart: tuple[int, int] | None = None) -> str:
@@ -35,7 +42,7 @@ def line(number: int, hellos: Sequence[Hello], engine: str, why: str, apart: tup
         why = f"no shared memory between {low} and {high}"
     others = "no other was considered"
     if asked == "auto":
-        others = OTHERS.get((engine, algorithm == "native"), "see docs/design.md for the others")
+        others = OTHERS[engine, algorithm if algorithm in OF_SOME_ENGINES else ""]
     return f"communicator #{number} of {len(hellos)} ranks: engine {engine} {_places(hellos)}: {why}; {others}"
 
 

@@ -48,17 +48,20 @@ class Communicator:
             or the kind of device that a mesh is made of. Calls on a GPU are ordered as torch's own work is: behind what
             the current stream has, before what it gets.
         codec: What travels: "none", "fp16", or with algorithm="native" also "bf16"; calls may choose another.
-        engine: "auto"; "shm" (on CPU, one host), "gloo" (on CPU, any hosts), "torch" (on CPU, any hosts, through a
-            process group like the given one), "p2p" (on GPUs of one host) or "nccl" (on GPUs of any hosts; both without
-            a device take the current one). auto takes shm or p2p; gloo or nccl where the ranks share no host, or
+        engine: "auto"; "shm" (on CPU, one host), "gloo" (on CPU, any hosts), "two_level" (on CPU, several hosts with
+            several ranks: memory inside a host, gloo between), "torch" (on CPU, any hosts, through a process group like
+            the given one), "p2p" (on GPUs of one host) or "nccl" (on GPUs of any hosts; both without a device take the
+            current one). auto takes shm or p2p; where the ranks share no host, two_level, gloo or nccl; gloo or nccl
             for algorithm="native".
-        algorithm: "auto", "direct", "oneshot", "ring", or "native": the all-reduce of NCCL (engine "nccl"), where
-            codecs are plain 16 bits that NCCL adds up, or of gloo (engine "gloo", codec "none"). It promises the same
-            bytes on all ranks and nothing else of them. Calls may choose another.
+        algorithm: "auto", "direct", "oneshot", "ring"; "two_level" of that engine, and on GPUs of engine "nccl" (which
+            takes it only where it is asked for, here); or "native": the all-reduce of NCCL (engine "nccl"), where
+            codecs are plain 16 bits that NCCL adds up, or of gloo (engines "gloo" and "two_level", codec "none"). It
+            promises the same bytes on all ranks and nothing else of them. Calls may choose another.
         timeout_s: After how many seconds without progress a call raises CommTimeoutError. Ranks may differ in it; the
             first that runs out ends the call on all. DPCOMM_TIMEOUT_S takes the place of the default.
         bucket_cap_mb: Size in MiB up to which the tensors of a list are reduced together.
         max_ctas: On a GPU, how many CTAs a call may take at most; None takes as many as perform best.
+        intra_codec: Of two levels, what travels inside a host in calls that have a codec: "none" or "fp16".
 
     Raises:
         ArgumentError, UnsupportedError: Arguments that cannot work, on any rank.
@@ -82,13 +85,14 @@ class Communicator:
         timeout_s: float = 300.0,
         bucket_cap_mb: float = 25.0,
         max_ctas: int | None = None,
+        intra_codec: str = "none",
     ) -> None:
         self._finalizer: weakref.finalize[Any, Any] | None = None
         site = bootstrap.locate(group, rank, nranks, store)
         options: opt.Options | Error
         try:
             where = groups.device_for(group, device)
-            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, where, max_ctas)
+            options = opt.resolve(codec, engine, algorithm, timeout_s, bucket_cap_mb, where, max_ctas, intra_codec)
         except Error as error:
             options = error  # told to all ranks before it is raised
         built = bootstrap.build(site, options) if site.nranks > 1 else None
@@ -228,7 +232,7 @@ class Communicator:
             op, self.codec if codec is None else codec, self.algorithm if algorithm is None else algorithm
         )
         engine = self.engine if self._built is not None else self._options.engine
-        if made.algorithm_name == "native" and engine != "auto":  # one rank of engine "auto": any would do
+        if engine != "auto":  # one rank of engine "auto": any would do
             made = opt.narrowed(made, engine)
         with contextlib.suppress(TypeError):  # a ReduceOp that cannot be hashed is validated each time
             self._requests[type(op), op, codec, algorithm] = made  # the type: ReduceOp.SUM == 0
@@ -301,18 +305,22 @@ class Communicator:
         """From which number of float32 elements on which algorithm, and so which bits."""
         names = {code: name for name, code in _native.ALGORITHMS.items()}
         codec, dtype = _native.CODECS[self.codec], _native.DTYPES["float32"]
+        about: Any = self._built.describe() if self._built is not None else {}
         network = self.engine in opt.NETWORK_ENGINES
-        aside_bytes = self._built.describe()["aside_bytes"] if self._built is not None and network else 0
-        assert isinstance(aside_bytes, int)
+        aside_bytes = about.get("aside_bytes", 0) if network else 0
         table: list[dict[str, object]] = []
         for exponent in range(41):
             name = self.algorithm
-            if name == "auto":
+            if name == "auto" and self.engine == "two_level":
+                name = "two_level"
+            elif name == "auto":
                 name = names[_native.choose_algorithm(1 << exponent, dtype, codec, self.nranks, network)]
                 if self.codec == "none" and aside_bytes and 4 << exponent >= aside_bytes:
                     name = "native"
             if not table or table[-1]["algorithm"] != name:
                 bit_class = name if name in ("ring", "native") else "rank_order"
+                if name == "two_level":
+                    bit_class = f"two_level({about.get('hosts')})"
                 table.append({"from_elems": 1 << exponent, "algorithm": name, "bit_class": bit_class})
         return table
 

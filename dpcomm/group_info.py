@@ -4,7 +4,7 @@
     hello         facts of each rank; which device                      one step of board.Board
     offer, answer who shares a host                                     same_host.Proof
     communicator  engine="auto", and what it says of itself; one small sum, compared with what it must be
-    links         of the ranks of one host, if the engine does not need one: an engine that does, tried among them
+    links         of the ranks of one host, if the engine shares no memory there: an engine that does, tried among them
 
 Needs no process group: the communicator is made from rank, nranks and store. Ends within its time limit, whatever the
 others do; an error is printed by one rank.
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints, on one rank.
 
     Returns:
-        The exit status: 0, or 1 where there is no communicator.
+        The exit status 0. Where there is no communicator, it ends the process with status 1.
 
     Raises:
         ArgumentError: Not started by torchrun, or a time limit that is none.
@@ -90,6 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         report.error = {"code": error.code, "message": str(error)}
     status = _conclude(board, where, report, arguments.json, last_s / 4)
     last.cancel()
+    if status != 0:  # a thread may still be inside torch; coming back to an interpreter that ends, it would abort
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
     return status
 
 
@@ -216,10 +220,14 @@ def _hows(board: Board, report: Report, about: dict[str, Any], device: str) -> l
     """How data gets to each rank."""
     if about["engine"] in HOST_ENGINES:
         return _on_host(board, list(range(board.nranks)), about)
-    (mine,) = (host for host in report.hosts if board.rank in host)
+    hosts = about.get("hosts", report.hosts)  # of engine two_level
+    (mine,) = (host for host in hosts if board.rank in host)
     hows = [NETWORK] * board.nranks
     hows[board.rank] = OWN
-    if len(mine) > 1:
+    if about["engine"] == "two_level":
+        for rank, how in zip(mine, _on_host(board, mine, about), strict=True):
+            hows[rank] = how
+    elif len(mine) > 1:
         engine = "shm" if device == "cpu" else "p2p"
         try:
             with _communicator(board, mine.index(board.rank), len(mine), f"host{mine[0]}", engine, device) as comm:
@@ -255,15 +263,26 @@ def _verdicts(report: Report) -> dict[str, str]:
                 for reason, ranks in refusals.items()
             ]
             verdicts[engine] = f"no: {'; '.join(texts)}"
+        elif lack := _lacking(engine, report.hosts):
+            verdicts[engine] = f"no: {lack}"
         elif (engine in GPU_ENGINES) != (report.device == "cuda"):
             other = "cuda" if engine in GPU_ENGINES else "cpu"
             verdicts[engine] = f"usable for data on the other device: see --device {other}"
-        elif engine in HOST_ENGINES and len(report.hosts) > 1:
-            verdicts[engine] = f"no: needs one host, and these are {len(report.hosts)}"
         else:
             needs = ", with a process group" if engine == "torch" else ""
             verdicts[engine] = f"usable where asked for{needs}: engine={engine!r}"
     return verdicts
+
+
+def _lacking(engine: str, hosts: list[list[int]]) -> str:
+    """What these hosts lack for an engine; empty where it is nothing."""
+    if engine in HOST_ENGINES and len(hosts) > 1:
+        return f"needs one host, and these are {len(hosts)}"
+    if engine == "two_level" and len(hosts) == 1:
+        return "needs several hosts, and this is one"
+    if engine == "two_level" and max(map(len, hosts)) == 1:
+        return "needs ranks that share a host, and here each has its own"
+    return ""
 
 
 @contextlib.contextmanager

@@ -195,7 +195,8 @@ def _choice(report: Report) -> str:
         lines.append(f"tried: {report.check}")
     if report.engines:
         lines.append("engines:")
-        lines += [_wrapped(f"  {name:<5}  {verdict}", " " * 9) for name, verdict in report.engines.items()]
+        width = max(map(len, report.engines))
+        lines += [_wrapped(f"  {name:<{width}}  {v}", " " * (width + 4)) for name, v in report.engines.items()]
     return "\n".join(lines)
 
 

@@ -44,16 +44,21 @@ RECORD = struct.Struct("<16s160s48s?128s")
 class NcclBuilder(MeshBuilder):
     """One rank of engine nccl under construction; see `bootstrap.Builder` for the stages.
 
+    Args:
+        meeting: Where the ranks have met.
+        options: This rank's options.
+        hosts: For algorithm two_level, each host's ranks, ascending; hosts by their lowest rank. Empty: without it.
+
     Raises:
         VersionError: There is no NCCL that can be used.
         ArgumentError: There is no such GPU; or see `MeshBuilder`.
         SystemResourceError: See `MeshBuilder`.
     """
 
-    def __init__(self, meeting: Rendezvous, options: Options) -> None:
+    def __init__(self, meeting: Rendezvous, options: Options, hosts: list[list[int]]) -> None:
         self._library = nccl_library.find()
         super().__init__(meeting)
-        self._options = options
+        self._options, self._two_levels = options, hosts
         self._own = self._own_facts()
         self._facts: list[Facts] = []
 
@@ -82,6 +87,8 @@ class NcclBuilder(MeshBuilder):
             pids=[hello.pid for hello in self._meeting.hellos],
             hosts=self._hosts(),
             sockets=self._hand_over(),
+            two_levels=self._two_levels,
+            intra_codec=_native.CODECS[self._options.intra_codec],
         )
         try:
             comm.connect(self._facts[0].unique_id, timeout_s)

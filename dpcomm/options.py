@@ -19,11 +19,13 @@ MAX_TIMEOUT_S = environment.MAX_TIMEOUT_S
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 ENCODED = ("float32", "float16", "bfloat16")  # what a codec other than none serves
 # Engines whose library has an all-reduce of its own (algorithm "native"), and codecs that it adds up.
-NATIVE = {"gloo": ("none",), "nccl": ("none", "fp16", "bf16")}
+NATIVE = {"gloo": ("none",), "two_level": ("none",), "nccl": ("none", "fp16", "bf16")}
 # Complex numbers travel as twice as many real ones: sum and mean act on the parts alike.
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
-ENGINES = ("auto", "shm", "p2p", "gloo", "torch", "nccl")
-CARRIED_ENGINES = ("gloo", "torch")  # on CPU, through torch
+ENGINES = ("auto", "shm", "p2p", "gloo", "two_level", "torch", "nccl")
+CARRIED_ENGINES = ("gloo", "two_level", "torch")  # on CPU, through torch
+TWO_LEVEL = ("two_level", "nccl")  # engines that have algorithm two_level
+INTRA_CODECS = ("none", "fp16")
 NETWORK_ENGINES = (*CARRIED_ENGINES, "nccl")
 GPU_ENGINES = ("p2p", "nccl")
 CPU = -1  # the ordinal of no GPU
@@ -55,15 +57,23 @@ class Options(NamedTuple):
     device: int = CPU  # ordinal of the GPU
     max_ctas: int = 0  # at most this many CTAs a rank on a GPU; 0: as many as perform best
     arena: str = "auto"  # of engine p2p: "auto", "device" or "pinned"
+    intra_codec: str = "none"  # of two levels
 
     @property
     def serving(self) -> str:
         """The engine to try: what was asked for, or what serves ranks of one host on this device."""
         if self.engine != "auto":
             return self.engine
+        if self.algorithm == "two_level":
+            return "two_level" if self.device == CPU else "nccl"
         if self.algorithm == "native":
             return "gloo" if self.device == CPU else "nccl"
         return "shm" if self.device == CPU else "p2p"
+
+    @property
+    def wants_hosts(self) -> bool:
+        """Whether the ranks of each host must be known: for two levels."""
+        return self.serving == "two_level" or self.algorithm == "two_level"
 
     @property
     def device_name(self) -> str:
@@ -143,19 +153,36 @@ def check_native(engine: str, codec: str) -> None:
         )
 
 
-def narrowed(asked: Request, engine: str) -> Request:
-    """A request for algorithm "native", with the dtypes that the engine's library adds up.
+def check_two_level(engine: str) -> None:
+    """Refuses algorithm "two_level" of any other engine.
 
     Raises:
-        UnsupportedError: It adds up none so.
+        UnsupportedError: It is another.
     """
+    if engine not in TWO_LEVEL:
+        raise UnsupportedError(
+            f"algorithm='two_level' with engine={engine!r}: two levels are for several hosts with several ranks, of "
+            "engine='two_level' for data on CPU, and of engine='nccl' on GPUs. Use algorithm='auto'."
+        )
+
+
+def narrowed(asked: Request, engine: str) -> Request:
+    """A request for an algorithm of some engines, with the dtypes that are served so.
+
+    Raises:
+        UnsupportedError: The engine has no such algorithm, or serves nothing so.
+    """
+    if asked.algorithm_name == "two_level":
+        check_two_level(engine)
+    if asked.algorithm_name != "native":
+        return asked
     check_native(engine, asked.codec_name)
     if asked.codec_name != "none":
         return asked
     extreme = asked.op_name in ("min", "max")
-    served = {"float32", "float64", *COMPLEX} if engine == "gloo" else set(asked.dtypes)
+    served = set(asked.dtypes) if engine == "nccl" else {"float32", "float64", *COMPLEX}
     if extreme:  # NCCL's of real numbers lose NaNs
-        served = set() if engine == "gloo" else {"int32", "int64"}
+        served = {"int32", "int64"} if engine == "nccl" else set()
     if not served:
         raise UnsupportedError(
             f"allreduce: op={asked.op_name} with algorithm='native' of engine={engine!r}. Use 'auto'."
@@ -197,7 +224,7 @@ def engine_reason(engine: str) -> str:
     """
     if engine in ("shm", "torch"):
         return ""
-    if engine == "gloo":
+    if engine in ("gloo", "two_level"):
         return "" if dist.is_gloo_available() else "this torch was built without gloo"
     if engine in ("p2p", "nccl"):
         reason = _native.cuda_reason()
@@ -215,6 +242,7 @@ def resolve(
     bucket_cap_mb: object,
     device: object,
     max_ctas: object = None,
+    intra_codec: object = "none",
 ) -> Options:
     """Validates a communicator's options and fills in what the environment says.
 
@@ -240,9 +268,12 @@ def resolve(
         device=ordinal,
         max_ctas=_max_ctas(max_ctas, ordinal),
         arena=env.p2p_arena,
+        intra_codec=_intra_codec(intra_codec, engine, algorithm_str),
     )
     if algorithm_str == "native":
         check_native(made.serving, codec_str)
+    if algorithm_str == "two_level":
+        check_two_level(made.serving)
     return made
 
 
@@ -258,8 +289,19 @@ def positive(what: str, value: object, limit: float) -> float:
 def _check_engine(engine: object) -> None:
     if engine not in ENGINES:
         raise ArgumentError(f"unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
-    if engine == "gloo" and (reason := engine_reason("gloo")):
-        raise ArgumentError(f"engine='gloo': {reason}. Use engine='torch', or another build of torch.")
+    if engine in ("gloo", "two_level") and (reason := engine_reason("gloo")):
+        raise ArgumentError(f"engine={engine!r}: {reason}. Use engine='torch', or another build of torch.")
+
+
+def _intra_codec(intra_codec: object, engine: object, algorithm: str) -> str:
+    if intra_codec not in INTRA_CODECS:
+        raise ArgumentError(f"unknown intra_codec {intra_codec!r}. Use one of {', '.join(INTRA_CODECS)}.")
+    if intra_codec == "none" or engine in ("auto", "two_level") or (engine == "nccl" and algorithm == "two_level"):
+        return str(intra_codec)
+    raise ArgumentError(
+        f"intra_codec={intra_codec!r} with engine={engine!r} and algorithm={algorithm!r}: it is of engine='two_level', "
+        "and on GPUs of algorithm='two_level'."
+    )
 
 
 def _ordinal(device: object, engine: object) -> int:

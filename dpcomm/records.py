@@ -18,13 +18,13 @@ from dpcomm import _native
 from dpcomm.errors import InternalError, VersionError
 
 MAGIC = b"dpcomm\r\n"
-PROTOCOL = 4
-PAYLOAD_BYTES = 64
+PROTOCOL = 5
+PAYLOAD_BYTES = 96
 
 PREFIX = struct.Struct("<8sIII24s")
 CRC = struct.Struct("<I")
-HELLO = struct.Struct("<IqqQQQ40s64s128s16s16s16sdqIII8s8sIi")
-OUTCOME = struct.Struct("<I16sii1024sI64s")
+HELLO = struct.Struct("<IqqQQQ40s64s128s16s16s16sdqIII8s8sIi16s")
+OUTCOME = struct.Struct(f"<I16sii1024sI{PAYLOAD_BYTES}s")
 
 
 class Hello(NamedTuple):
@@ -52,6 +52,7 @@ class Hello(NamedTuple):
     arena: str  # of GPUs, as asked for: "auto", "device" or "pinned"; empty on CPU
     max_ctas: int  # asked for; 0: as many as perform best
     ordinal: int  # of the GPU in its process, -1 on CPU; ranks differ in it
+    intra_codec: str  # of engine two_level
 
 
 class Outcome(NamedTuple):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dpcomm.errors import (
+    AbortedError,
     CommTimeoutError,
     Error,
     InternalError,
@@ -44,7 +45,7 @@ ANSWER_S = 0.5  # that the store has for each answer, the deadline past or not
 # Of a hello record, what must be the same on all ranks. Time limits may differ.
 COMPARED = (
     *("nranks", "group", "engine", "device", "codec", "algorithm", "bucket_cap_mb"),
-    *("arena_bytes", "channels", "arena", "max_ctas", "uid"),
+    *("arena_bytes", "channels", "arena", "max_ctas", "intra_codec", "uid"),
 )
 
 T = TypeVar("T")
@@ -120,8 +121,7 @@ class Rendezvous:
             The payloads of all ranks.
 
         Raises:
-            Error: That of the lowest rank that failed, on every rank; where peer access between GPUs is missing, that,
-                since others fail of it.
+            Error: On every rank that of the lowest rank that failed, of those that did not fail of another's failure.
         """
         index = STAGES.index(name)
         failure: Error | None = None
@@ -135,6 +135,12 @@ class Rendezvous:
             failure.__cause__ = error
         self._failed = failure is not None
         try:
+            return self._compare_outcomes(index, failure, payload)
+        finally:
+            failure = None  # its traceback names this frame, which would keep the store until the collector comes
+
+    def _compare_outcomes(self, index: int, failure: Error | None, payload: bytes) -> list[bytes]:
+        try:
             self._publish(index, _outcome(self.rank, index, failure, payload))
             outcomes = [decode(Outcome, self._fetch(index, rank), rank) for rank in range(self.nranks)]
         except (CommTimeoutError, PeerLostError) as silence:
@@ -143,7 +149,7 @@ class Rendezvous:
             raise failure from silence  # it came first
         failed = [outcome for outcome in outcomes if outcome.code]
         if failed:
-            first = next((outcome for outcome in failed if outcome.code == P2PUnavailableError.default_code), failed[0])
+            first = min(failed, key=_follows)
             raise _joint(first) from (failure if first.rank == self.rank else None)
         for outcome in outcomes:
             if outcome.stage != index:
@@ -248,6 +254,7 @@ def hello_of(site: Site, options: Options | None) -> Hello:
         arena=options.arena if options and options.device != CPU else "",
         max_ctas=options.max_ctas if options else 0,
         ordinal=options.device if options else CPU,
+        intra_codec=options.intra_codec if options else "",
     )
 
 
@@ -280,6 +287,15 @@ def _outcome(rank: int, index: int, failure: Error | None, payload: bytes) -> Ou
     flags = [peer in waiting for peer in range(max(waiting, default=-1) + 1)]
     lost_rank, errno = getattr(failure, "rank", -1), getattr(failure, "errno", None) or 0
     return Outcome(rank, index, failure.code, errno, lost_rank, bare_message(failure), bitmap(flags))
+
+
+def _follows(outcome: Outcome) -> int:
+    """How likely a failure is to follow from another rank's: others fail where peer access between GPUs is missing, and
+    ranks lose, await in vain or give up because of one that has failed."""
+    if outcome.code == P2PUnavailableError.default_code:
+        return 0
+    followers = (PeerLostError, CommTimeoutError, AbortedError)
+    return 2 if outcome.code in [error.default_code for error in followers] else 1
 
 
 def _joint(outcome: Outcome) -> Error:

@@ -6,6 +6,7 @@ Run by itself it starts its processes with torchrun; under torchrun it is one of
 import argparse
 import datetime
 import importlib
+import logging
 import os
 import shlex
 import subprocess
@@ -128,6 +129,8 @@ def train(runs: list[Run], steps: int) -> None:
 def work(arguments: argparse.Namespace) -> int:
     """One rank: trains every method, then reports. Returns 1 where replicas differ, else 0."""
     torch.set_num_threads(1)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dpcomm").setLevel(logging.INFO)  # rank 0 says which engine serves each model, and why
     dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     shape = ModelShape(layers=arguments.layers, width=arguments.width, context=arguments.context)
     settings = Settings(shape, arguments.steps, arguments.batch, arguments.seed, arguments.bucket_cap_mb)

@@ -17,10 +17,20 @@ from test_build import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "tests"
+
+
+def simd() -> str:
+    """Flags for the vectors of this processor: what it does in one instruction takes the optimizer minutes to emulate,
+    with a sanitizer most of all. test_portable and tests of the extension have the emulation, too."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.exists() else set()
+    return "-mavx2 -mf16c" if {"avx2", "f16c"} <= flags else ""
+
+
 KINDS = {
-    "plain": "-O2 -g1",
-    "tsan": "-O1 -g1 -fsanitize=thread",
-    "asan": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "plain": f"-O2 -g1 {simd()}",
+    "tsan": f"-O1 -g1 -fsanitize=thread {simd()}",
+    "asan": f"-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all {simd()}",
 }
 # cmake and ninja of this Python's wheels come first: an environment need not be activated to be used.
 ENVIRONMENT = {

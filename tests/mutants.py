@@ -1,5 +1,5 @@
 """Plants one bug at a time into a copy of a layer of csrc and asks a program of tests/cpp whether it notices: of
-csrc/core core_probe, of csrc/carried test_carried.
+csrc/core core_probe, or local_probe what hosts do inside; of csrc/carried test_carried and test_two_level.
 
     python tests/mutants.py     prints a table
 
@@ -21,7 +21,9 @@ import cpp_build
 
 FOLDER = cpp_build.FOLDER / "mutants"
 # What is compiled anew, from a copy of csrc.
-SOURCES = {"core": "tests/cpp/core_probe.cpp", "carried": "csrc/carried/schedule.cpp"}
+PROBES = {"local.h": "tests/cpp/local_probe.cpp", "shards.h": "tests/cpp/local_probe.cpp"}  # by file; else core_probe
+# By file of csrc/carried: the program whose other objects are taken as they are.
+PROGRAMS = {"schedule.cpp": "test_carried", "two_level.cpp": "test_two_level"}
 # test_carried: each fifth call, and 5 s for what should take milliseconds.
 ARGUMENTS = {("core", "plain"): ["2"], ("core", "tsan"): ["3"], ("carried", "plain"): ["5", "5"]}
 
@@ -38,13 +40,37 @@ class Mutant:
     times: int = 1
     layer: str = "core"
 
+    @property
+    def source(self) -> str:
+        """What is compiled anew."""
+        if self.layer == "carried":
+            return f"csrc/carried/{self.file}"
+        return PROBES.get(self.file, "tests/cpp/core_probe.cpp")
+
 
 def schedule(name: str, old: str, new: str) -> Mutant:
     """A bug in how csrc/carried orders steps and messages."""
     return Mutant(name, "plain", "schedule.cpp", old, new, layer="carried")
 
 
-CONTROLS = [Mutant("control", "plain"), Mutant("control", "tsan"), Mutant("carried_control", "plain", layer="carried")]
+def two_level(name: str, old: str, new: str) -> Mutant:
+    """A bug in how it goes with rounds inside hosts."""
+    return Mutant(name, "plain", "two_level.cpp", old, new, layer="carried")
+
+
+def control(name: str, kind: str, file: str, layer: str = "core") -> Mutant:
+    """No bug: the program must pass. `file` says which program."""
+    return Mutant(name, kind, file, layer=layer)
+
+
+CONTROLS = [
+    control("control", "plain", "portable.h"),
+    control("control", "tsan", "portable.h"),
+    control("local_control", "plain", "local.h"),
+    control("local_control", "tsan", "local.h"),
+    control("carried_control", "plain", "schedule.cpp", "carried"),
+    control("two_level_control", "plain", "two_level.cpp", "carried"),
+]
 MUTANTS = [
     # ---- memory order and credits: only a race detector is sure to see them
     Mutant(
@@ -224,26 +250,46 @@ MUTANTS = [
         "receive(peer, slot(t_, kGiven, peer, t_.rank, uint32_t(slice)), mine);",
         "receive(peer, slot(t_, kGiven, peer, t_.rank, uint32_t(slice + 1)), mine);",
     ),
-    schedule("reduced_before_it_arrived", "if (!arrived()) return;\n    const Range mine", "const Range mine"),
+    schedule("reduced_before_it_arrived", "if (!arrived()) return false;\n  const Range mine", "const Range mine"),
     schedule(
         "sent_before_it_is_reduced",
-        "if (mine.groups > 0) run({Step::Kind::reduce, t_.rank, slice, 0, 0, 0}, place != nullptr);\n    begin();",
+        "if (mine.groups > 0) run({Step::Kind::reduce, t_.rank, slice, 0, 0, 0}, place != nullptr);\n  begin();",
         "const struct Late {\n"
-        "      Player& player;\n"
-        "      const Step step;\n"
-        "      bool in_place;\n"
-        "      ~Late() { player.run(step, in_place); }\n"
-        "    } late{*this, {Step::Kind::reduce, t_.rank, slice, 0, 0, 0}, place != nullptr};\n    begin();",
+        "    Player& player;\n"
+        "    const Step step;\n"
+        "    bool in_place;\n"
+        "    ~Late() { player.run(step, in_place); }\n"
+        "  } late{*this, {Step::Kind::reduce, t_.rank, slice, 0, 0, 0}, place != nullptr};\n  begin();",
     ),
     schedule("result_in_user_memory_only", "place != nullptr);", "values_travel_);"),
     schedule("taken_from_another_owner", "run({Step::Kind::take, peer,", "run({Step::Kind::take, t_.rank,"),
     schedule("own_gift_is_not_encoded", "if (!values_travel_ && mine.groups > 0) run(", "if (false) run("),
     schedule("short_group_in_user_memory", "<= s.elems / kGroup", "<= (s.elems + kGroup - 1) / kGroup"),
-    schedule("codes_in_user_memory", "if (!values_travel_ || range.groups == 0)", "if (range.groups == 0)"),
-    schedule("oneshot_reduces_the_next_slice", "t_.rank, c - kAhead, 0", "t_.rank, c - kAhead + 1, 0"),
-    schedule("ring_receives_another_chunk", "ring_range(c, previous - turn)", "ring_range(c, t_.rank - turn)"),
-    schedule("ring_receives_into_another_slot", "previous, t_.rank, sent)", "previous, t_.rank, sent + 1)"),
-    schedule("ring_reads_one_slot_again", "if (turn > 0) ++read;", "if (turn > 1) ++read;"),
+    schedule("codes_in_user_memory", "if (!values_travel_) return", "if (false) return"),
+    schedule("oneshot_reduces_the_next_slice", "t_.rank, number - kAhead, 0", "t_.rank, number - kAhead + 1, 0"),
+    schedule("ring_receives_another_chunk", "ring_range(slice, previous - turn)", "ring_range(slice, t_.rank - turn)"),
+    schedule("ring_receives_into_another_slot", "previous, t_.rank, ring_sent_)", "previous, t_.rank, ring_sent_ + 1)"),
+    schedule("ring_reads_one_slot_again", "if (turn > 0) ++ring_read_;", "if (turn > 1) ++ring_read_;"),
+    # ---- inside hosts, and around the exchange between them
+    two_level("spread_before_it_arrived", "number - 2 * kAhead, own, false", "number - kAhead, own, false"),
+    two_level("own_part_is_not_spread", "(part == host) == own", "(part != host) && !own"),
+    two_level("gathered_one_slice_late", "LocalTurn::gather, number, part", "LocalTurn::gather, number - 1, part"),
+    Mutant(
+        "added_before_it_arrived",
+        "tsan",
+        "local.h",
+        "if (!wait_peers(lanes, t, kGiven, number + 1)) return false;  // pairs with (6)",
+        "",
+    ),
+    Mutant(
+        "adopted_before_it_arrived",
+        "tsan",
+        "local.h",
+        "if (!wait_peers(lanes, t, kResult, number + 1)) return false;  // pairs with (7)",
+        "",
+    ),
+    Mutant("owner_keeps_what_it_had", "plain", "local.h", "if (Codec::scaled) {", "if (false) {"),
+    Mutant("shards_of_one_owner_overlap", "plain", "shards.h", "int(message / each) * ranks", "int(message / each)"),
 ]
 
 
@@ -259,7 +305,7 @@ def plant(mutant: Mutant, root: Path) -> None:
     if mutant.layer == "core":
         ignored = shutil.ignore_patterns("test_*")
         shutil.copytree(cpp_build.ROOT / "tests" / "cpp", root / "tests" / "cpp", ignore=ignored)
-    if not mutant.file:
+    if not mutant.old:
         return
     path = root / "csrc" / mutant.layer / mutant.file
     text = path.read_text()
@@ -279,13 +325,14 @@ def linked(mutant: Mutant) -> list[Path]:
     """What is taken as it was built for the test itself. Of a library the linker leaves out what it has already."""
     if mutant.layer == "core":
         return []
-    built = cpp_build.build(mutant.kind, ("test_carried",))
-    return [built / "CMakeFiles" / "test_carried.dir" / "test_carried.cpp.o", built / "libdpcomm_tested.a"]
+    program = PROGRAMS[mutant.file]
+    built = cpp_build.build(mutant.kind, (program,))
+    return [built / "CMakeFiles" / f"{program}.dir" / f"{program}.cpp.o", built / "libdpcomm_tested.a"]
 
 
 def compile_command(mutant: Mutant, root: Path, program: Path) -> list[str]:
     """How CMake compiles the source, but from root, linked at once, without optimisation: it is built many times."""
-    source = str(cpp_build.ROOT / SOURCES[mutant.layer])
+    source = str(cpp_build.ROOT / mutant.source)
     entries = json.loads((cpp_build.configure(mutant.kind) / "compile_commands.json").read_text())
     (command,) = (
         shlex.split(e["command"]) for e in entries if e["file"] == source and "dpcomm_host.dir" not in e["command"]

@@ -9,11 +9,13 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import hosts
 import network
+import network_picture as picture
 import network_plan as plans
 import network_report as report
 import network_train_report as train_report
+from analysis import label
 
-__all__ = ["hosts", "network", "plans", "report", "train_report"]
+__all__ = ["hosts", "label", "network", "picture", "plans", "report", "train_report"]
 
 SCRIPT = Path(network.__file__)
 KIB, MIB = 1 << 10, 1 << 20
@@ -22,6 +24,7 @@ ENVIRONMENT |= {"date": "today", "load_average": 0.5}
 
 
 def row(size: int, gbit: float | None, name: str, time_ms: float, ratio: float, **changed: Any) -> dict[str, Any]:
+    """A row without ranks_per_host, as older files have them: one rank a host."""
     contender, _, variant = name.partition(" ")
     sent = size * (0.5 if variant.startswith("fp16") else 1.0)
     made = {"hosts": 2, "gbit": gbit, "contender": contender, "variant": variant, "size_bytes": size, "rounds": 3}
@@ -38,6 +41,20 @@ def good_rows(size: int = 25 * MIB) -> list[dict[str, Any]]:
     rows.append(row(size, 1.0, "dpcomm fp16/auto", shaped_ms / 2, 2.0))
     rows += [row(size, None, "gloo", 30.0, 1.0), row(size, None, "dpcomm none/auto", 29.0, 1.03)]
     return [*rows, row(size, None, "dpcomm fp16/auto", 20.0, 1.5)]
+
+
+def several_rows(hosts: int, size: int = 25 * MIB) -> list[dict[str, Any]]:
+    """Two ranks on each host at 1 Gb/s; both goals of two levels are reached."""
+    shape = {"hosts": hosts, "ranks_per_host": 2}
+    ring, halves = plans.sent_plainly(size, 2 * hosts), plans.sent_plainly(size, hosts)
+    gloo_ms = 1e3 * plans.line_s(ring, 1.0) / 0.96
+    contestants = [("gloo", 1.0, ring, ""), ("dpcomm none/auto", 1.45, halves, "two_level")]
+    contestants += [("dpcomm fp16/auto", 2.9, halves / 2, "two_level"), ("flat none/auto", 1.0, ring, "gloo")]
+    contestants.append(("flat fp16/auto", 1.5, 2 * (hosts - 1) / hosts * size, "gloo"))
+    return [
+        row(size, 1.0, name, gloo_ms / ratio, ratio, sent_bytes=sent, counted_bytes=1.05 * sent, engine=engine, **shape)
+        for name, ratio, sent, engine in contestants
+    ]
 
 
 def document(rows: list[dict[str, Any]], skipped: list[dict[str, Any]] | None = None) -> dict[str, Any]:

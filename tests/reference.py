@@ -5,8 +5,11 @@ Nothing here knows of threads, slots, algorithms or torch. An array of dtype uin
     class rank_order   y = D(E(mean(D(E(x_0)) + D(E(x_1)) + ... )))            sums in rank order
     class native       what a library's own all-reduce makes of plain 16 bits, if it adds in rank order; each sum rounds
     class ring         m = E(x_c), then m = E(D(m) + x_r) for r = c+1 ... c-1   c: the chunk that a group belongs to
+    class two_level    h = D'(E'(x_i)) + D'(E'(x_j)) + ...                     over the ranks of each host
+                       y = D'(E'(D(E(mean(D(E(h_0)) + D(E(h_1)) + ... )))))    sums in host order; the mean is of ranks
 
-E and D encode and decode one group: up to 256 consecutive elements of one segment (one tensor of a list).
+E and D encode and decode one group: up to 256 consecutive elements of one segment (one tensor of a list). E' and D' are
+those of the codec inside hosts; h and y are rounded into the tensor's dtype wherever they lie in memory.
 """
 
 from __future__ import annotations
@@ -159,8 +162,24 @@ def check(inputs: Sequence[Sequence[Array]], op: str, codec: str) -> None:
         raise ValueError("codecs take sums and means of float32, float16 and bfloat16")
 
 
+def check_hosts(hosts: Sequence[Sequence[int]], nranks: int, intra_codec: str) -> None:
+    """Refuses what is no partition of the ranks: those of a host ascend, and hosts go by their lowest rank."""
+    if sorted(rank for host in hosts for rank in host) != list(range(nranks)) or [] in map(list, hosts):
+        raise ValueError(f"hosts {hosts} are no partition of {nranks} ranks")
+    if list(map(list, hosts)) != sorted(map(sorted, hosts)):
+        raise ValueError(f"hosts {hosts} are not in order")
+    if intra_codec not in ("none", "fp16"):
+        raise ValueError(f"unknown intra_codec {intra_codec!r}")
+
+
 def allreduce(
-    inputs: Sequence[Sequence[Array]], op: str = "sum", *, codec: str = "none", bit_class: str = "rank_order"
+    inputs: Sequence[Sequence[Array]],
+    op: str = "sum",
+    *,
+    codec: str = "none",
+    bit_class: str = "rank_order",
+    hosts: Sequence[Sequence[int]] = (),
+    intra_codec: str = "none",
 ) -> list[Array]:
     """The segments that every rank holds after an all-reduce of `inputs[rank][segment]`, flat.
 
@@ -168,11 +187,16 @@ def allreduce(
         inputs: one list of arrays a rank; each array is a segment, groups start anew in each.
         op: "sum", "mean", "min" or "max".
         codec: "none" or "fp16"; "fp16" or "bf16" in class native.
-        bit_class: "rank_order", "ring" or "native".
+        bit_class: "rank_order", "ring", "native" or "two_level".
+        hosts: Of class two_level, the ranks of each host, ascending; hosts by their lowest rank.
+        intra_codec: Of class two_level, what travels inside hosts in calls whose codec is not "none".
+
     Raises:
         ValueError: the combination has no meaning, or the ranks' arrays differ in size or dtype.
     """
     check(inputs, op, codec)
+    if bit_class == "two_level":
+        check_hosts(hosts, len(inputs), intra_codec)
     flat = [[np.ascontiguousarray(x).reshape(-1) for x in segments] for segments in inputs]
     if len(flat) == 1:
         return [x.copy() for x in flat[0]]  # one rank: identity, whatever the codec; NaNs keep their bits
@@ -180,14 +204,37 @@ def allreduce(
         return ring(flat, op, codec)
     if bit_class == "native":
         return [native([segments[s] for segments in flat], op, codec) for s in range(len(flat[0]))]
+    if bit_class == "two_level":
+        inside = intra_codec if codec != "none" else "none"
+        return [two_level([segments[s] for segments in flat], op, codec, hosts, inside) for s in range(len(flat[0]))]
     return [rank_order([segments[s] for segments in flat], op, codec) for s in range(len(flat[0]))]
 
 
-def rank_order(xs: Sequence[Array], op: str, codec: str) -> Array:
-    """One segment, `xs[rank]`. Contributions travel through the codec (one's own too), and so does the result."""
-    travelled = [through_fp16(widen(x)) if codec == "fp16" else widen(x) for x in xs]
-    total = canonical(finish(reduce(COMBINE[op], travelled), op, len(xs)))
-    return narrow(through_fp16(total) if codec == "fp16" else total, xs[0].dtype)
+def arrived(x: Array, codec: str) -> Array:
+    """What arrives of the values of a segment, in the type that sums are made in."""
+    return through_fp16(widen(x)) if codec == "fp16" else widen(x)
+
+
+def added(xs: Sequence[Array], op: str, codec: str) -> Array:
+    """Contributions travel through the codec, one's own too."""
+    return reduce(COMBINE[op], [arrived(x, codec) for x in xs])
+
+
+def rank_order(xs: Sequence[Array], op: str, codec: str, contributors: int = 0) -> Array:
+    """One segment, `xs[rank]`. The result travels, too. contributors: what a mean divides by, if not by the terms."""
+    total = canonical(finish(added(xs, op, codec), op, contributors or len(xs)))
+    return narrow(arrived(total, codec), xs[0].dtype)
+
+
+def two_level(xs: Sequence[Array], op: str, codec: str, hosts: Sequence[Sequence[int]], intra_codec: str) -> Array:
+    """One segment: class rank_order of the sums of the hosts. Sums and result go through memory of the tensor's type.
+
+    Bits do not depend on which rank of a host adds up what.
+    """
+    dtype = xs[0].dtype
+    sums = [narrow(added([xs[rank] for rank in host], op, intra_codec), dtype) for host in hosts]
+    result = rank_order(sums, op, codec, contributors=len(xs))
+    return narrow(arrived(result, intra_codec), dtype)
 
 
 def native(xs: Sequence[Array], op: str, codec: str) -> Array:

@@ -25,7 +25,7 @@ Pools = Callable[[int], Pool]
 SIGNATURES: dict[str, str] = {
     "allreduce": "(x, op='sum', *, codec=None, algorithm=None, group=None, async_op=False)",
     "Communicator": "(group=None, *, rank=None, nranks=None, store=None, device=None, codec='none', engine='auto', "
-    "algorithm='auto', timeout_s=300.0, bucket_cap_mb=25.0, max_ctas=None)",
+    "algorithm='auto', timeout_s=300.0, bucket_cap_mb=25.0, max_ctas=None, intra_codec='none')",
     "Communicator.allreduce": "(self, x, op='sum', *, codec=None, algorithm=None, async_op=False)",
     "Communicator.describe": "(self)",
     "Communicator.stats": "(self, reset=False)",

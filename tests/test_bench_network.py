@@ -25,6 +25,7 @@ from network_rows import (
     plans,
     report,
     row,
+    several_rows,
     train_document,
     train_report,
 )
@@ -45,8 +46,46 @@ def test_a_rank_sends_its_part_to_add_up_and_as_much_to_give_away() -> None:
     assert (plans.line_s(1, None), plans.line_share(1, 2.0, None)) == (0.0, None)
 
 
+def test_a_host_sends_less_in_two_levels_and_how_much_sooner_that_ends() -> None:
+    assert plans.gain_at_line_rate(2, 2) == pytest.approx(1.5)
+    assert plans.gain_at_line_rate(3, 2) == pytest.approx(1.25)
+    assert plans.gain_at_line_rate(2, 2, "fp16") == pytest.approx(2 * 1.5 * 512 / 513)
+    assert plans.gain_at_line_rate(4, 1) == pytest.approx(1.0)
+    # Four ranks: a third of what a rank sends stays on its host; of a ring's four edges two leave one.
+    assert plans.leaving_share("direct", 2, 2) == pytest.approx(2 / 3)
+    assert plans.leaving_share("native", 2, 2) == plans.leaving_share("ring", 3, 2) == 0.5
+    assert plans.leaving_share("oneshot", 3, 1) == plans.leaving_share("ring", 3, 1) == 1.0
+
+
+def test_shapes_are_read_and_spelled() -> None:
+    assert plans.parse_shapes("2x1,3x2,2x1") == [(2, 1), (3, 2)]
+    assert [plans.shape_text(2, 1), plans.shape_text(3, 2)] == ["2 hosts", "3 hosts x 2 ranks"]
+    assert plans.shape_of({"hosts": 3}) == (3, 1)  # as older files have it
+    for text in ("2", "1x2", "5x1", "2x0", "2x2x2", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected hosts x ranks"):
+            plans.parse_shapes(text)
+
+
+def test_several_ranks_a_host_have_fewer_sizes() -> None:
+    planned = plans.runs([(2, 1), (2, 2)], [0.1, 1.0, None], [])
+    assert [run.sizes for run in planned[:3]] == 3 * [plans.SIZES]
+    assert [max(run.sizes) for run in planned[3:]] == [25 * MIB, 100 * MIB, 100 * MIB]
+    assert 256 * KIB not in planned[4].sizes
+    assert [run.nranks for run in planned] == [2, 2, 2, 4, 4, 4]
+    asked = plans.runs([(2, 2)], [0.1], [8 * KIB])
+    assert asked[0].sizes == (8 * KIB,)
+
+
+def test_the_default_run_is_planned_for_less_than_its_limit() -> None:
+    """Without the start of processes and what is verified: docs/benchmarks.md has what it takes."""
+    seconds = sum(
+        plans.planned_s(run, plans.SECONDS_PER_SIZE) for run in plans.runs([*plans.SHAPES], [*plans.RATES], [])
+    )
+    assert 600 < seconds + plans.train_s(plans.TrainPlan()) < 20 * 60
+
+
 def test_sizes_whose_call_takes_too_long_are_left_out_and_named() -> None:
-    planned = plans.runs([2, 3], [0.1, 1.0, None], [MIB, 100 * MIB])
+    planned = plans.runs([(2, 1), (3, 1)], [0.1, 1.0, None], [MIB, 100 * MIB])
     assert len(planned) == 6
     left_out = plans.skipped_rows(planned)
     # 100 MiB at 0.1 Gb/s: 8.4 s between two hosts, 11.2 s between three, where a rank sends 4/3 as much.
@@ -85,19 +124,23 @@ def test_every_codec_takes_part() -> None:
 
 def test_defaults_of_network_are_those_of_the_documentation() -> None:
     arguments = network.parse_arguments([])
-    assert (arguments.hosts, arguments.rates, arguments.parts) == ([2, 3], [0.1, 1.0, 5.0, None], network.PARTS)
-    assert arguments.sizes == [64 * KIB, 256 * KIB, MIB, 4 * MIB, 25 * MIB, 100 * MIB]
+    assert arguments.shapes == [(2, 1), (3, 1), (2, 2), (3, 2)]
+    assert (arguments.rates, arguments.parts) == ([0.1, 1.0, 5.0, None], network.PARTS)
+    assert arguments.sizes == []
+    assert plans.default_sizes(1, 0.1) == (64 * KIB, 256 * KIB, MIB, 4 * MIB, 25 * MIB, 100 * MIB)
+    assert plans.default_sizes(2, 1.0) == (64 * KIB, MIB, 4 * MIB, 25 * MIB, 100 * MIB)
+    assert plans.default_sizes(2, 0.1) == (64 * KIB, MIB, 4 * MIB, 25 * MIB)
     assert arguments.trained == ["stock", "none", "fp16"]
     quick = network.parse_arguments(["--quick"])
-    assert (quick.hosts, quick.rates, max(quick.sizes)) == ([2], [1.0], MIB)
+    assert (quick.shapes, quick.rates, max(quick.sizes)) == ([(2, 1), (2, 2)], [1.0], MIB)
     assert quick.seconds_per_size < arguments.seconds_per_size
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--hosts", "1"], "--hosts: 2 to 4"),
-        (["--hosts", "2,5"], "--hosts: 2 to 4"),
+        (["--shapes", "1x2"], "'1x2': expected hosts x ranks on each"),
+        (["--shapes", "2x1,5x1"], "'5x1': expected hosts x ranks on each"),
         (["--rates", "slow"], "'slow': expected Gb/s"),
         (["--sizes", "4K,6"], "--sizes: multiples of 4"),
         (["--sizes", "4X"], "is not a size"),
@@ -145,10 +188,23 @@ def test_a_communicator_on_another_engine_is_refused() -> None:
     local: Any = Comm("shm")
     with pytest.raises(RuntimeError, match=r"rank 1: engine shm \(told to\) instead of gloo"):
         checked(local, 1)
+    with pytest.raises(RuntimeError, match=r"rank 3: engine gloo \(told to\) instead of two_level"):
+        checked(remote, 3, "two_level")
+
+
+def test_bytes_that_stay_on_a_host_are_not_its_lines() -> None:
+    from network_bytes import leaving_share
+
+    two_by_two = (2, 2)
+    assert leaving_share("two_level", "fp16/auto", MIB, two_by_two) == 1.0  # counts no others
+    assert leaving_share("two_level", "fp16/ring", MIB, two_by_two) == 0.5
+    assert leaving_share("gloo", "fp16/auto", MIB, two_by_two) == pytest.approx(2 / 3)
+    assert leaving_share("gloo", "none/auto", MIB, two_by_two) == 0.5  # gloo's own ring
+    assert leaving_share("gloo", "none/auto", MIB, (3, 1)) == 1.0
 
 
 def test_what_is_counted_is_a_hosts_own_interface() -> None:
-    from network_rank import interface_sent
+    from network_bytes import interface_sent
 
     if not any(text.strip().startswith("eth0:") for text in Path("/proc/self/net/dev").read_text().splitlines()):
         with pytest.raises(RuntimeError, match="no interface eth0"):
@@ -161,25 +217,30 @@ def test_what_is_counted_is_a_hosts_own_interface() -> None:
 
 
 def test_pages_are_rendered_from_the_json_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = good_rows()
+    rows = [*good_rows(), *several_rows(2), *several_rows(3)]
     rows[1]["wrong"] = 3
     (tmp_path / "network.json").write_text(json.dumps(document(rows)))
     (tmp_path / "train-network.json").write_text(json.dumps(train_document(good_training())))
     assert network.main(["--render", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "3 elements were wrong" in said.err
-    assert said.out.count(": reached") == 8
+    assert said.out.count(": reached") == 12
     left = json.loads((tmp_path / "network.json").read_text())
-    assert [goal["reached"] for goal in left["goals"]] == [True] * 4
+    assert [goal["reached"] for goal in left["goals"]] == [True] * 8
     assert {file.name for file in tmp_path.iterdir()} == {
         *("network.json", "network.md", "network.png"),
         *("train-network.json", "train-network.md"),
     }
 
 
-def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+def rows_of(found: dict[str, Any], shape: tuple[int, int], size: int) -> dict[tuple[str, str], dict[str, Any]]:
+    rows = [row for row in found["rows"] if plans.shape_of(row) == shape and row["size_bytes"] == size]
+    return {(row["contender"], row["variant"]): row for row in rows}
+
+
+def run_benchmark(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 @pytest.fixture
@@ -189,14 +250,15 @@ def permitted() -> None:
 
 
 @pytest.mark.usefixtures("permitted")
+@pytest.mark.timeout(300)
 def test_quick_run_measures_every_contestant_between_two_hosts(tmp_path: Path) -> None:
-    done = run_benchmark("--out", str(tmp_path))
+    done = run_benchmark("--out", str(tmp_path), timeout_s=280)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "network.json").read_text())
     names = [("gloo", ""), ("fp16_compress_hook", ""), ("dpcomm", "none/auto"), ("dpcomm", "fp16/auto")]
     for size in plans.QUICK_SIZES:
-        rows = {(row["contender"], row["variant"]): row for row in found["rows"] if row["size_bytes"] == size}
-        assert set(names) <= set(rows)
+        rows = rows_of(found, (2, 1), size)
+        assert set(names) == set(rows)
         for each in rows.values():
             assert report.line(each) in done.stdout
             assert each["wrong"] == 0
@@ -213,12 +275,23 @@ def test_quick_run_measures_every_contestant_between_two_hosts(tmp_path: Path) -
     assert [row["contestant"] for row in training["rows"]] == 2 * [train_report.STOCK, "dpcomm none", "dpcomm fp16"]
     assert all(row["replicas_identical"] for row in training["rows"])
     assert (tmp_path / "network.png").read_bytes().startswith(b"\x89PNG")
-    assert done.stdout.count("goal: ") == 8
+    assert done.stdout.count("goal: ") == 12
+    for size in plans.QUICK_SIZES:
+        rows = rows_of(found, (2, 2), size)
+        assert set(rows) == {*names, ("flat", "none/auto"), ("flat", "fp16/auto")}
+        engines = {name: {row["engine"] for key, row in rows.items() if key[0] == name} for name, _ in rows}
+        assert engines == {"gloo": {""}, "fp16_compress_hook": {""}, "dpcomm": {"two_level"}, "flat": {"gloo"}}
+        assert all(row["wrong"] == 0 for row in rows.values())
+        # One edge of gloo's ring leaves each host; in two levels half of each shard does, and as much of results.
+        assert rows[names[0]]["sent_bytes"] == 1.5 * size
+        assert rows[names[2]]["sent_bytes"] == size
+        assert rows["flat", "fp16/auto"]["sent_bytes"] == pytest.approx(2 * rows[names[3]]["sent_bytes"], rel=0.01)
+    assert found["two_levels"]["hosts"] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.usefixtures("permitted")
 def test_wrong_results_between_hosts_fail_the_run(tmp_path: Path) -> None:
-    flags = ["--parts", "allreduce", "--sizes", "4K", "--contestants", "gloo,fp16_compress_hook"]
+    flags = ["--parts", "allreduce", "--shapes", "2x1", "--sizes", "4K", "--contestants", "gloo,fp16_compress_hook"]
     done = run_benchmark(*flags, "--corrupt", "fp16_compress_hook", "--out", str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "fp16_compress_hook: 2 elements were wrong" in done.stderr
@@ -235,7 +308,8 @@ def test_replicas_that_differ_between_hosts_fail_the_run(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("permitted")
 def test_a_rank_that_fails_ends_the_run(tmp_path: Path) -> None:
-    done = run_benchmark("--parts", "allreduce", "--contestants", "gloo,dpcomm:none/pigeon", "--out", str(tmp_path))
+    flags = ["--parts", "allreduce", "--shapes", "2x1", "--contestants", "gloo,dpcomm:none/pigeon"]
+    done = run_benchmark(*flags, "--out", str(tmp_path))
     assert done.returncode == 2
     assert "pigeon" in done.stderr
     assert "a rank ended with status 1" in done.stderr

@@ -6,13 +6,17 @@ ThreadSanitizer sees one process only, so ranks are threads there; tests of the 
 from __future__ import annotations
 
 import platform
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future
 
 import cpp_build
 import pytest
 from test_build import find_nvcc
+from under_way import asked_for, under_way
 
-# The first test of a kind waits for the compiler: about a minute on two idle cores, more on busy ones.
-pytestmark = pytest.mark.timeout(1500)
+# The first test waits for the compiler: about eight minutes on two idle cores, more on busy ones.
+pytestmark = pytest.mark.timeout(3000)
 
 DEADLINE_S = 260  # each program ends itself earlier
 ISAS = ["portable", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
@@ -27,6 +31,7 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_call_ledger": [],
         "test_carried": [],
         "test_carried_faults": [],
+        "test_two_level": [],
         "test_queue": [],
         "test_stores": [],
     },
@@ -38,6 +43,7 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_call_ledger": [],
         "test_carried": ["4"],
         "test_carried_faults": [],
+        "test_two_level": ["6"],
         "test_queue": [],
     },
     "asan": {
@@ -49,6 +55,7 @@ PROGRAMS: dict[str, dict[str, list[str]]] = {
         "test_call_ledger": [],
         "test_carried": ["4"],
         "test_carried_faults": [],
+        "test_two_level": ["6"],
         "test_queue": [],
         "test_stores": [],
     },
@@ -60,6 +67,7 @@ STAND_IN: dict[str, dict[str, list[str]]] = {
         "test_stand_in": [],
         "test_stand_in_nccl": [],
         "test_nccl": [],
+        "test_nccl_two_level": [],
         "test_nccl_faults": [],
         "test_p2p": [],
         "test_p2p_faults": [],
@@ -68,6 +76,7 @@ STAND_IN: dict[str, dict[str, list[str]]] = {
     "tsan": {
         "test_stand_in_nccl": [],
         "test_nccl": ["4"],
+        "test_nccl_two_level": ["6"],
         "test_nccl_faults": [],
         "test_p2p": ["4"],
         "test_p2p_faults": [],
@@ -75,6 +84,7 @@ STAND_IN: dict[str, dict[str, list[str]]] = {
     "asan": {
         "test_stand_in_nccl": [],
         "test_nccl": ["4"],
+        "test_nccl_two_level": ["6"],
         "test_nccl_faults": [],
         "test_p2p": ["4"],
         "test_p2p_faults": [],
@@ -84,21 +94,37 @@ if find_nvcc() is not None:
     PROGRAMS = {kind: {**programs, **STAND_IN[kind]} for kind, programs in PROGRAMS.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "program"),
-    [
-        pytest.param(kind, program, id=f"{kind}-{program}")
-        for kind, programs in PROGRAMS.items()
-        for program in programs
-    ],
-)
-def test_program_passes(kind: str, program: str) -> None:
-    if cpp_build.why_no(kind):
-        pytest.skip(cpp_build.why_no(kind))
-    folder = cpp_build.build(kind, tuple(PROGRAMS[kind]))
-    done = cpp_build.call([str(folder / program), *PROGRAMS[kind][program]], DEADLINE_S)
+Program = tuple[str, str]  # kind, name
+Outcomes = dict[Program, "Future[subprocess.CompletedProcess[str]]"]
+
+
+def ids(program: Program) -> str:
+    return "-".join(program)
+
+
+ALL = [(kind, name) for kind, programs in PROGRAMS.items() for name in programs]
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+    wanted = [p for p in asked_for(request, ALL, ids) if not cpp_build.why_no(p[0])]
+    folders = {kind: cpp_build.build(kind, tuple(PROGRAMS[kind])) for kind in dict.fromkeys(kind for kind, _ in wanted)}
+
+    def run(program: Program) -> subprocess.CompletedProcess[str]:
+        kind, name = program
+        return cpp_build.call([str(folders[kind] / name), *PROGRAMS[kind][name]], DEADLINE_S)
+
+    with under_way(run, wanted) as outcomes:
+        yield outcomes
+
+
+@pytest.mark.parametrize("program", ALL, ids=ids)
+def test_program_passes(program: Program, outcomes: Outcomes) -> None:
+    if program not in outcomes:
+        pytest.skip(cpp_build.why_no(program[0]))
+    done = outcomes[program].result()
     if done.returncode == cpp_build.SKIPPED:
-        pytest.skip(f"this processor lacks the instructions of {program}")
+        pytest.skip(f"this processor lacks the instructions of {program[1]}")
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-8000:]}"
     assert " passed, 0 failed" in done.stdout
 

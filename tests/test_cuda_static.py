@@ -11,12 +11,13 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from planted import Fault
+from under_way import under_way
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_code
@@ -243,15 +244,14 @@ def compile_planted(command: list[str], folder: Path, fault: Fault | None) -> Co
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Compiled]]]:
-    """The kernel without a fault, under "", and with each: compiled two at a time, while tests ask for one by one."""
+    """The kernel without a fault, under "", and with each."""
     folder = tmp_path_factory.mktemp("planted")
     command = gpu_code.build_commands(folder / "configure")["p2p_float"]
     wanted: dict[str, Fault | None] = {"": None, **FAULTS, "warning": WARNING}
     for name in wanted:
         (folder / (name or "none")).mkdir()
-    with ThreadPoolExecutor(gpu_code.AT_ONCE) as pool:
-        yield {n: pool.submit(compile_planted, command, folder / (n or "none"), f) for n, f in wanted.items()}
-        pool.shutdown(cancel_futures=True)
+    with under_way(lambda name: compile_planted(command, folder / (name or "none"), wanted[name]), wanted) as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", FAULTS)

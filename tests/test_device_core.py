@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import reference
 from cases import Array, Case, check_bits, operations
 from planted import Fault
 from test_build import find_nvcc
+from under_way import under_way
 
 from dpcomm import _native
 
@@ -42,6 +43,7 @@ CSRC = cpp_build.ROOT / "csrc"
 FOLDER = cpp_build.FOLDER / "device_core"
 # PTX for one architecture is enough: there are no kernels in it.
 FLAGS = (
+    "-O0",  # compiled in a sixth of the time, and the cases take no longer
     "--generate-code=arch=compute_90,code=compute_90",
     "-Xcompiler=-fsanitize=address,-fsanitize=alignment,-fno-sanitize-recover=all",
     "-Xcompiler=-Wno-maybe-uninitialized",  # as in tests/cpp/CMakeLists.txt
@@ -110,39 +112,38 @@ def fingerprint(csrc: Path, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def build(csrc: Path, name: str, optimisation: str) -> Path:
+def build(csrc: Path, name: str) -> Path:
     """The program made of these sources; the one of an earlier run, if it was made of the same ones."""
     program, key = FOLDER / name, FOLDER / f"{name}.key"
-    flags = (*FLAGS, optimisation)
-    wanted = fingerprint(csrc, flags)
+    wanted = fingerprint(csrc, FLAGS)
     if not (program.exists() and key.exists() and key.read_text() == wanted):
         with CONFIGURING:  # a cache does not keep two threads from filling it at once
             command = compile_command()
         words = [word.replace(str(CSRC), str(csrc)) for word in command]
-        cpp_build.must([*words, *flags, str(SOURCE), "-o", str(program)], 240)
+        cpp_build.must([*words, *FLAGS, str(SOURCE), "-o", str(program)], 240)
         key.write_text(wanted)
     return program
 
 
-def build_with(fault: Fault, name: str) -> Path:
+def build_one(name: str) -> Path:
+    """The program, under "", or the one with this fault."""
+    if not name:
+        return build(CSRC, "device_core")
     copy = FOLDER / f"{name}-csrc"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(CSRC, copy)
-    fault.plant(copy)
-    program = build(copy, name, "-O0")  # quicker to compile
+    FAULTS[name].plant(copy)
+    program = build(copy, name)
     shutil.rmtree(copy)
     return program
 
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[dict[str, Future[Path]]]:
-    """The program, under "", and one for each fault: compiled two at a time, while tests ask for one by one."""
+    """By name: see build_one()."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
-        made = {"": pool.submit(build, CSRC, "device_core", "-O1")}
-        made |= {name: pool.submit(build_with, fault, name) for name, fault in FAULTS.items()}
+    with under_way(build_one, ["", *FAULTS]) as made:
         yield made
-        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def net() -> Iterator[Hosts]:
 
 
 def gloo(**options: Any) -> dpcomm.Communicator:
-    comm = dpcomm.Communicator(**{"timeout_s": 20.0, **options})
+    comm = dpcomm.Communicator(**{"timeout_s": 20.0, "engine": "gloo", **options})
     assert comm.engine == "gloo"
     return comm
 
@@ -125,7 +125,7 @@ def test_26_a_link_cut_in_a_call_is_a_timeout_on_all(
 
 
 def reduce_slowly(rank: int, nranks: int) -> tuple[str, float, float]:
-    with gloo(timeout_s=1.0) as comm:
+    with gloo(timeout_s=2.5) as comm:
         x = torch.full((4 * LARGE,), rank + 1.0)
         began = time.monotonic()
         comm.allreduce(x)
@@ -133,15 +133,15 @@ def reduce_slowly(rank: int, nranks: int) -> tuple[str, float, float]:
 
 
 def test_26_a_slow_line_is_no_time_out(net: Hosts) -> None:
-    """32 MiB at 0.2 Gb/s take longer than the time limit, which is for what stands still."""
-    net.shape(0.2)
+    """32 MiB at 0.1 Gb/s take longer than the time limit, which is for what stands still."""
+    net.shape(0.1)
     try:
-        results = across(net, 0, 1, 2).run(reduce_slowly, deadline_s=15.0)
+        results = across(net, 0, 1, 2).run(reduce_slowly, deadline_s=30.0)
     finally:
         net.shape(None)
     for bit_class, took, total in results:
         assert bit_class == "native"
-        assert took > 1.2  # control: more than the limit
+        assert took > 3.0  # control: more than the limit
         assert total == 6.0
 
 

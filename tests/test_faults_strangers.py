@@ -48,7 +48,7 @@ GARBAGE: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
     "48-other-rank": (lambda r: patched(r, 16, struct.pack("<I", 2)), "InternalError", "calls itself rank 2"),
     "42-other-version": (lambda r: patched(r, 20, b"9.9.9\0"), "VersionError", "rank 1 runs dpcomm 9.9.9"),
     "42-other-layout": (lambda r: patched(r, 12, struct.pack("<I", 77)), "VersionError", "layout 77"),
-    "42-other-protocol": (lambda r: patched(r, 8, struct.pack("<I", 5))[:90], "VersionError", "(protocol 5"),
+    "42-other-protocol": (lambda r: patched(r, 8, struct.pack("<I", 99))[:90], "VersionError", "(protocol 99"),
 }
 
 
@@ -63,7 +63,29 @@ def test_garbage_in_the_store_is_named_on_all_ranks(fault: str, stage: str) -> N
 def good_records() -> list[tuple[Any, bytes]]:
     """A record of each kind, with its kind."""
     hello = records.Hello(
-        1, 4, 100, 0, 5, 6, 7, "boot", "host", "group", "none", "auto", "auto", 25.0, 1 << 26, 0, 2, 7, "cpu", "", 0, -1
+        1,
+        4,
+        100,
+        0,
+        5,
+        6,
+        7,
+        "boot",
+        "host",
+        "group",
+        "none",
+        "auto",
+        "auto",
+        25.0,
+        1 << 26,
+        0,
+        2,
+        7,
+        "cpu",
+        "",
+        0,
+        -1,
+        "none",
     )
     outcome = records.Outcome(1, 2, "TIMEOUT", 0, -1, "ranks [2] did not come", b"p" * 64)
     made: list[tuple[Any, bytes]] = [(type(record), records.encode(record)) for record in (hello, outcome)]

@@ -1,9 +1,8 @@
 """`python -m dpcomm info --group`: under torchrun on one host and on two, without it, with ranks that fail or do not
-come, how it reads for many ranks; and the line that says which engine was chosen."""
+come. How it reads for many ranks: test_group_report.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -23,12 +22,10 @@ import torch.distributed as dist
 from networks import Hosts, network
 
 import dpcomm
-from dpcomm import board, chosen, group_info, group_report, same_host
+from dpcomm import board, chosen, group_info
 from dpcomm.__main__ import main
 from dpcomm.errors import ArgumentError, CommTimeoutError, Error, InternalError, PeerLostError, UnsupportedError
-from dpcomm.group_report import Rank, Report
-from dpcomm.options import Options
-from dpcomm.rendezvous import Site, hello_of
+from dpcomm.group_report import Report
 
 INFO = ("-m", "dpcomm", "info", "--group")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -105,8 +102,10 @@ def test_four_ranks_of_one_host_share_memory() -> None:
         assert page.splitlines().count(row) == 1
     assert page.count("choice: communicator #1 of 4 ranks: engine shm on ") == 1
     assert "the sum of 1000 float32 values is right on every rank" in page
-    assert re.search(r"^  shm    in use$", page, re.MULTILINE)
-    assert re.search(r"^  p2p    no: CUDA not available", page, re.MULTILINE)
+    assert re.search(r"^  shm        in use$", page, re.MULTILINE)
+    assert re.search(r"^  p2p        no: CUDA not available", page, re.MULTILINE)
+    assert re.search(r"^  two_level  no: needs several hosts, and this is one$", page, re.MULTILINE)
+    assert re.search(r"^  gloo       usable where asked for: engine='gloo'$", page, re.MULTILINE)
 
 
 def test_json_says_the_same() -> None:
@@ -120,7 +119,7 @@ def test_json_says_the_same() -> None:
     assert made["why"] in made["said"]
     assert made["error"] is None
     assert made["notes"] == []
-    assert set(made["engines"]) == {"shm", "p2p", "gloo", "torch", "nccl"}
+    assert set(made["engines"]) == {"shm", "p2p", "gloo", "two_level", "torch", "nccl"}
     first, second = made["ranks"]
     assert first["pid"] != second["pid"]
     assert first["how"] == ["own", "shared memory"]
@@ -134,16 +133,22 @@ def net() -> Iterator[Hosts]:
         yield made
 
 
-def test_two_hosts_are_told_apart_though_they_have_one_name(net: Hosts) -> None:
-    """Two ranks on host 0, one on host 1: namespaces of this machine, with its name and boot id."""
+def on_two_hosts(net: Hosts, per_host: tuple[int, int], *options: str) -> str:
+    """What is printed, by one rank: these are namespaces of this machine, with its name and boot id."""
     started = []
-    for host, ranks in ((0, 2), (1, 1)):
+    for host, ranks in enumerate(per_host):
         where = ("--nnodes", "2", "--node-rank", str(host), "--master-addr", net.address(0), "--master-port", "29500")
         launcher = (*net.command(host), *TORCHRUN, *where, "--nproc-per-node", str(ranks))
-        started.append(start((*launcher, *INFO, "--timeout", f"{LIMIT_S:g}"), {}))
+        started.append(start((*launcher, *INFO, "--timeout", f"{LIMIT_S:g}", *options), {}))
     done = Ended(started, START_S + LIMIT_S)
     assert done.status == [0, 0], done.err
     (page,) = [out for out in done.out if out]
+    return page
+
+
+def test_two_hosts_are_told_apart_though_they_have_one_name(net: Hosts) -> None:
+    """Two ranks on host 0, one on host 1."""
+    page = on_two_hosts(net, (2, 1))
     name = socket.gethostname()
     assert page.startswith("3 ranks on 2 hosts, data on cpu; ")
     pairs = [re.search(rf"{name}/(\d) .* cpu .*  (\S.*)$", line) for line in page.splitlines() if f"{name}/" in line]
@@ -157,9 +162,31 @@ def test_two_hosts_are_told_apart_though_they_have_one_name(net: Hosts) -> None:
         assert row in page.splitlines()
     assert "S: shared memory; N: network" in page
     text = " ".join(page.split())
-    assert "choice: communicator #1 of 3 ranks: engine gloo between 2 hosts (" in text
+    assert "choice: communicator #1 of 3 ranks: engine two_level between 2 hosts (" in text
     assert "no shared memory between rank 0 on " in text
+    assert "gloo is for hosts with one rank each" in text
     assert "shm no: needs one host, and these are 2" in text
+
+
+def test_two_ranks_on_each_of_two_hosts_take_two_levels(net: Hosts) -> None:
+    made = json.loads(on_two_hosts(net, (2, 2), "--json"))
+    assert (made["nranks"], made["engine"], made["hosts"]) == (4, "two_level", [[0, 1], [2, 3]])
+    assert made["links"] == ["-SNN", "S-NN", "NN-S", "NNS-"]
+    assert made["said"].startswith("communicator #1 of 4 ranks: engine two_level between 2 hosts (")
+    assert made["notes"] == []
+    verdicts = made["engines"]
+    assert verdicts["two_level"] == "in use"
+    assert verdicts["shm"] == "no: needs one host, and these are 2"
+    assert verdicts["gloo"] == "usable where asked for: engine='gloo'"
+
+
+def test_one_rank_on_each_of_two_hosts_takes_gloo(net: Hosts) -> None:
+    made = json.loads(on_two_hosts(net, (1, 1), "--json"))
+    assert (made["nranks"], made["engine"], made["hosts"]) == (2, "gloo", [[0], [1]])
+    assert made["links"] == ["-N", "N-"]
+    assert "two_level ranks that share one" in made["said"]
+    assert made["engines"]["gloo"] == "in use"
+    assert made["engines"]["two_level"] == "no: needs ranks that share a host, and here each has its own"
 
 
 def test_what_torchrun_started_and_cannot_have_is_said_once() -> None:
@@ -371,47 +398,6 @@ def test_an_environment_that_is_no_torchruns_is_refused(wrong: dict[str, str], w
 # --- what it finds ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def proofs() -> Iterator[list[same_host.Proof]]:
-    made = [same_host.Proof(rank) for rank in range(4)]
-    yield made
-    for proof in made:
-        proof.close()
-
-
-def asked(proofs: list[same_host.Proof], offers: list[str]) -> list[list[int]]:
-    for proof in proofs:
-        proof.call(offers)
-    return [proof.answers(offers) for proof in proofs]
-
-
-def test_ranks_that_pass_a_descriptor_share_a_host(proofs: list[same_host.Proof]) -> None:
-    assert asked(proofs, [proof.offer() for proof in proofs]) == [[1, 2, 3], [2, 3], [3], []]
-
-
-def test_who_sends_another_file_or_is_not_there_does_not(proofs: list[same_host.Proof]) -> None:
-    offers = [proof.offer() for proof in proofs]
-    offers[2] = offers[2][: 2 * same_host.NAME_BYTES] + "00" * same_host.TOKEN_BYTES  # not what its file holds
-    offers[0] = "11" * same_host.NAME_BYTES + offers[0][2 * same_host.NAME_BYTES :]  # nobody listens there
-    assert asked(proofs, offers) == [[], [3], [3], []]
-
-
-def test_strangers_who_call_are_no_ranks(proofs: list[same_host.Proof]) -> None:
-    offers = [proof.offer() for proof in proofs]
-    name = b"\0" + bytes.fromhex(offers[0])[: same_host.NAME_BYTES]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent, silent.dup() as _:
-        silent.connect(name)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as talker:
-            talker.connect(name)
-            talker.send(b"\1\0\0\0")  # the number of a rank, and no file
-            assert proofs[0].answers(offers) == []
-
-
-def test_hosts_are_sorted_by_their_lowest_rank() -> None:
-    assert same_host.groups(5, [[3], [2, 4], [4], [], []]) == [[0, 3], [1, 2, 4]]
-    assert same_host.groups(2, [[], []]) == [[0], [1]]
-
-
 def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     (alone,) = cases.local(1)
     with alone:
@@ -432,128 +418,9 @@ def test_a_host_whose_memory_cannot_be_shared_is_a_note(monkeypatch: pytest.Monk
     assert report.notes == ["engine shm among ranks 0 1: [dpcomm:UNSUPPORTED] no memory"]
     assert group_info._hows(third, report, {"engine": "gloo"}, "cpu") == ["network", "network", "own"]
     assert len(report.notes) == 1  # a rank alone on its host has nothing to try
+    # Of those that engine two_level has, memory is known to be shared.
+    between = {"engine": "two_level", "hosts": [[0, 1], [2]]}
+    assert group_info._hows(first, report, between, "cpu") == ["own", "shared memory", "network"]
+    assert group_info._hows(third, report, between, "cpu") == ["network", "network", "own"]
     peers = ["own", "ipc", "pinned host memory"]
     assert group_info._hows(first, report, {"engine": "p2p", "peers": peers}, "cuda") == peers
-
-
-# --- how it reads ----------------------------------------------------------------------------------------------------
-
-
-def made_up(nhosts: int, per_host: int, how: str, versions: dict[int, str] | None = None) -> Report:
-    """A group of GPUs."""
-    nranks = nhosts * per_host
-    hosts = [list(range(per_host * host, per_host * (host + 1))) for host in range(nhosts)]
-    ranks = []
-    for rank in range(nranks):
-        host, at = divmod(rank, per_host)
-        hows = [how if peer // per_host == host else "network" for peer in range(nranks)]
-        hows[rank] = "own"
-        device = f"cuda:{at} NVIDIA H100 80GB HBM3 0000:{0x1B + 0x10 * at:02X}:00.0"
-        found = {"dpcomm": "0.1.0", "torch": (versions or {}).get(rank, "2.13.0"), "NCCL": "2.29.7"}
-        ranks.append(
-            Rank(rank, f"node{host}", 4000 + rank, device, list(range(16 * at, 16 * at + 16)), found, {}, hows)
-        )
-    return Report(
-        nranks, "cuda", ranks, hosts, "nccl", "no shared memory: and so on", "communicator #1: and so on", "ok"
-    )
-
-
-def test_sixteen_ranks_on_two_hosts_of_eight_gpus() -> None:
-    report = made_up(2, 8, "ipc", versions={12: "2.12.1"})
-    report.engines = group_info._verdicts(report)
-    page = group_report.text(report)
-    lines = page.splitlines()
-    assert lines[0] == "16 ranks on 2 hosts, data on cuda; dpcomm 0.1.0, NCCL 2.29.7"
-    assert lines[1] == "torch differs: 2.13.0 on ranks 0-11 13-15; 2.12.1 on ranks 12"
-    (row,) = [line for line in lines if line.startswith("   9  node1  4009  ")]
-    assert row.endswith("  cuda:1 NVIDIA H100 80GB HBM3 0000:2B:00.0  16 (16-31)    ipc: 8 10-15; network: 0-7"), row
-    at = lines.index(" " * 20 + "111111")
-    assert lines[at + 1] == "         01234567 89012345"
-    for rank in range(16):
-        near = "".join("-" if peer == rank % 8 else "P" for peer in range(8))
-        expected = f"{near} NNNNNNNN" if rank < 8 else f"NNNNNNNN {near}"
-        assert lines[at + 2 + rank] == f"rank {rank:>2}  {expected}"
-    assert lines[at + 18] == "P: memory of the other GPU; N: network"
-    assert "  nccl   in use" in lines
-    assert "  p2p    no: needs one host, and these are 2" in lines
-    assert "  gloo   usable for data on the other device: see --device cpu" in lines
-
-
-def test_64_ranks_stay_readable() -> None:
-    page = group_report.text(made_up(8, 8, "pinned host memory"))
-    lines = page.splitlines()
-    assert max(map(len, lines)) <= 130
-    assert len(lines) < 150
-    (row,) = [line for line in lines if line.startswith("rank 63  ")]
-    assert row == "rank 63  " + " ".join(["NNNNNNNN"] * 7 + ["HHHHHHH-"])
-    assert "H: pinned host memory; N: network" in lines
-
-
-def test_an_error_leaves_what_was_found_before_it() -> None:
-    whole = made_up(2, 1, "ipc")
-    ranks = [dataclasses.replace(rank, how=[]) for rank in whole.ranks]
-    page = group_report.text(Report(2, "cuda", ranks, whole.hosts))
-    assert page.startswith("2 ranks on 2 hosts, data on cuda; ")
-    assert "links" not in page
-    assert group_report.text(Report(2)) == ""
-
-
-def test_engines_that_some_ranks_lack_are_said_with_those_ranks() -> None:
-    report = made_up(1, 4, "ipc")
-    report.engine = "p2p"
-    report.ranks[2] = dataclasses.replace(report.ranks[2], refuses={"nccl": "no NCCL"})
-    assert group_info._verdicts(report) == {
-        "shm": "usable for data on the other device: see --device cpu",
-        "p2p": "in use",
-        "gloo": "usable for data on the other device: see --device cpu",
-        "torch": "usable for data on the other device: see --device cpu",
-        "nccl": "no: no NCCL (ranks 2)",
-    }
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1], "0 1"), ([0, 1, 2, 5, 7, 8, 9], "0-2 5 7-9")]
-)
-def test_spans(numbers: list[int], text: str) -> None:
-    assert chosen.spans(numbers) == text
-
-
-# --- the line that is logged -----------------------------------------------------------------------------------------
-
-
-def chosen_line(
-    names: list[str],
-    engine: str,
-    asked_for: str = "auto",
-    algorithm: str = "auto",
-    apart: tuple[int, int] | None = None,
-) -> str:
-    options = Options("none", asked_for, algorithm, 300.0, 25.0, 64 << 20, "", 0)
-    hellos = []
-    for rank, name in enumerate(names):
-        hello = hello_of(Site(None, rank, len(names), "own", ""), options)
-        hellos.append(hello._replace(hostname=name.rstrip("+"), net_namespace=7 + name.count("+")))
-    return chosen.line(3, hellos, engine, "the reason", apart)
-
-
-def test_the_line_says_what_was_chosen_and_why_not_the_others() -> None:
-    assert chosen_line(["a", "a", "b", "b"], "gloo", apart=(2, 0)) == (
-        "communicator #3 of 4 ranks: engine gloo between 2 hosts (a: ranks 0 1; b: ranks 2 3): no shared memory "
-        "between rank 0 on a and rank 2 on b; shm and p2p need one host, nccl GPUs, torch is only where asked for"
-    )
-    assert chosen_line(["a", "a"], "shm") == (
-        "communicator #3 of 2 ranks: engine shm on a: the reason; gloo is for several hosts, torch only where asked "
-        "for, p2p and nccl need GPUs"
-    )
-    assert chosen_line(["a", "a+"], "gloo", "gloo").endswith(
-        "between 2 hosts (a in network namespace 7: rank 0; a in network namespace 8: rank 1): the reason; no other "
-        "was considered"
-    )
-    assert "shm and torch have no all-reduce of a library" in chosen_line(["a", "b"], "gloo", algorithm="native")
-
-
-def test_the_line_names_eight_hosts_at_most() -> None:
-    line = chosen_line([f"n{rank}" for rank in range(64)], "nccl", apart=(1, 0))
-    assert "between 64 hosts (n0: rank 0; " in line
-    assert "n7: rank 7; and 56 more)" in line
-    assert "n8" not in line

@@ -52,6 +52,9 @@ TWO_REGISTERS = {"None<Float64>", "None<Whole<long>>"}
 CONVERSIONS = {"vcvtph2ps", "vcvtps2ph"}
 PLAIN = re.compile(r"v?mov(dq[ua](8|16|32|64)?|[ua]p[sd])")
 STREAMING = re.compile(r"v?movnt(dq|p[sd])")
+# Four codes of 16 bits, as the portable kernels have them, fill half a register.
+HALF_PLAIN = re.compile(r"mov(q|lp[sd]) %xmm\d+,")
+HALF_STREAMING = re.compile(r"movnti %r\w+,")
 codecs = pytest.mark.parametrize("codec", ADDS)
 # What a kernel may leave to the C library, besides functions of dpcomm that are compiled once.
 C_LIBRARY = {"memcpy", "memmove", "memset", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
@@ -226,22 +229,27 @@ class Kernel:
         return i.name.removeprefix("v") == ADDS[self.codec]
 
     def stores_plainly(self, i: Instruction) -> bool:
-        return (PLAIN.fullmatch(i.name) is not None and self.fills_codes(i)) or self.converts_into_memory(i)
+        return self.fills_codes(i, PLAIN, HALF_PLAIN) or self.converts_into_memory(i)
 
     def streams(self, i: Instruction) -> bool:
-        return STREAMING.fullmatch(i.name) is not None and self.fills_codes(i)
+        return self.fills_codes(i, STREAMING, HALF_STREAMING)
 
     def converts_into_memory(self, i: Instruction) -> bool:
         into = rf"\$\w+,{REGISTER[self.isa]}\d+,.*\(%(?!rsp|rbp).*\)"
         return i.name == "vcvtps2ph" and re.fullmatch(into, i.operands) is not None
 
-    def fills_codes(self, i: Instruction) -> bool:
+    def fills_codes(self, i: Instruction, whole: re.Pattern[str], half: re.Pattern[str]) -> bool:
         """A vector of codes goes to memory. It is half as wide as the vectors of the sum where 16 bits travel."""
+        if re.search(r"\(%(?!rsp|rbp).*\)$", i.operands) is None:
+            return False
+        if "16" in self.codec and self.isa == "portable":
+            return half.match(f"{i.name} {i.operands}") is not None
+        width = REGISTER[self.isa]
         if self.codec in TWO_REGISTERS:
-            return re.match(r"%[xyz]mm\d+,.*\(%(?!rsp|rbp)", i.operands) is not None
-        halved = "16" in self.codec and self.isa != "portable"
-        width = {"%ymm": "%xmm", "%zmm": "%ymm"}[REGISTER[self.isa]] if halved else REGISTER[self.isa]
-        return i.operands.startswith(width) and re.search(r"\(%(?!rsp|rbp).*\)$", i.operands) is not None
+            width = "%[xyz]mm"
+        elif "16" in self.codec:
+            width = {"%ymm": "%xmm", "%zmm": "%ymm"}[width]
+        return whole.fullmatch(i.name) is not None and re.match(width, i.operands) is not None
 
 
 def plain(name: str, isa: str) -> str:

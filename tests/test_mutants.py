@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import cpp_build
 import mutants
 import pytest
+from under_way import asked_for, under_way
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for the compiler
 
@@ -22,15 +23,12 @@ def ids(mutant: mutants.Mutant) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
-    """All of them under way, two at a time, while the tests ask for one after the other."""
-    selected = {item.name for item in request.session.items}
-    wanted = [m for m in [*mutants.CONTROLS, *mutants.MUTANTS] if any(f"[{ids(m)}]" in name for name in selected)]
+    wanted = asked_for(request, [*mutants.CONTROLS, *mutants.MUTANTS], ids)
     usable = {kind: not cpp_build.why_no(kind) for kind in ("plain", "tsan")}
     playable = [m for m in wanted if usable[m.kind]]
     mutants.prepare(playable)
-    with ThreadPoolExecutor(2) as pool:
-        yield {m: pool.submit(mutants.outcome, m) for m in playable}
-        pool.shutdown(cancel_futures=True)
+    with under_way(mutants.outcome, playable) as outcomes:
+        yield outcomes
 
 
 def outcome(outcomes: Outcomes, mutant: mutants.Mutant) -> tuple[int, str]:

@@ -386,7 +386,7 @@ def test_auto_takes_nccl_where_ranks_share_no_host(nccl: Process) -> None:
         assert why.startswith("no shared memory: ranks [0, 1, 2] on ")
     assert len(lines) == 1  # of rank 0, not of all
     assert re.match(r"communicator #\d+ of 3 ranks: engine nccl on .*: no shared memory between rank 0 on ", lines[0])
-    assert lines[0].endswith("; p2p needs one host; shm, gloo and torch are for data on CPU")
+    assert lines[0].endswith("; p2p needs one host; shm, gloo, two_level and torch are for data on CPU")
     for caught in refused:  # who asks for p2p is told what else there is
         check(caught, "UnsupportedError", "engine p2p joins processes of one host", "engine='auto' or 'nccl'")
 

@@ -25,14 +25,20 @@ pytestmark = [
     pytest.mark.skipif(gpu_code.find_nvcc() is None, reason="no nvcc: CUDA sources cannot be compiled here"),
 ]
 
-UNITS = ("step_fp16", "step_half", "step_float", "step_whole", "native", "call_ends")
+UNITS = ("step_fp16", "step_half", "step_float", "step_whole", "inside_kernels", "native", "call_ends")
 MOST_REGISTERS = 128  # of 512 lanes: one CTA fits on every SM
 STEPS = re.compile(
     r"\w*?5stepsI\w*?\d(None|Fp16)I\w*?(Float32|Float64|Float16|Bfloat16|5WholeI[il])\w*?AlgorithmE([123])E\w*"
 )
+INSIDE = re.compile(
+    r"\w*?6insideI\w*?\d(None|Fp16)I\w*?(Float32|Float64|Float16|Bfloat16|5WholeI[il])\w*InsideLaunch\w*"
+)
 PASSES = re.compile(
     r"\w*?(cast_values|widen_codes)I\w*?6NativeI\w*?\d(Float32|Float16|Bfloat16)E(?:\w*?\d(Float16|Bfloat16)E|S\w_)E\w*"
 )
+# put, add (what comes first, and what follows), get; in codec fp16 own values come from a slot.
+INSIDE_SITES = {"none": Sites(2, 3, 2, 1, 5, 2), "fp16": Sites(1, 3, 2, 1, 3, 2)}
+INSIDE_KERNELS = tuple(Kernel(codec, dtype, "inside") for codec, dtypes in gpu_code.CODINGS.items() for dtype in dtypes)
 ENDS = re.compile(r"\w*?(begin|end)E?\d*\w*?(Begin|End)Launch\w*")
 
 
@@ -68,6 +74,8 @@ def named(mangled: str) -> Name:
     if match := STEPS.fullmatch(mangled):
         element = gpu_code.ELEMENTS.get(match[2], match[2].lower())
         return Kernel(match[1].lower(), element, gpu_code.ALGORITHMS[int(match[3]) - 1])
+    if match := INSIDE.fullmatch(mangled):
+        return Kernel(match[1].lower(), gpu_code.ELEMENTS.get(match[2], match[2].lower()), "inside")
     if match := PASSES.fullmatch(mangled):
         return Pass(match[1], match[2].lower(), (match[3] or match[2]).lower())
     match = ENDS.fullmatch(mangled)
@@ -115,10 +123,11 @@ def forbidden(compiled: Read, architecture: str, name: Name, most_registers: int
 
 
 def faults(compiled: Read, architecture: str, kernel: Kernel) -> set[str]:
-    """Of a kernel of steps."""
+    """Of a kernel of steps, or of what ranks of a host do."""
     found = forbidden(compiled, architecture, kernel, MOST_REGISTERS)
     ops = opcodes(compiled.ptx[architecture, kernel])
-    sites: Sites = SITES[kernel.codec, kernel.algorithm]
+    inside = kernel.algorithm == "inside"
+    sites: Sites = INSIDE_SITES[kernel.codec] if inside else SITES[kernel.codec, kernel.algorithm]
     user, slot = kernel.element_bytes * 8 // 16, kernel.code_bytes * 8 // 16
     if whole(ops, "ld") < sites.user_loads * user + sites.slot_loads * slot:
         found.add("narrow ld")
@@ -144,7 +153,7 @@ def native_faults(compiled: Read, architecture: str, kernel: Pass) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("kernel", [*KERNELS, *INSIDE_KERNELS], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_steps_keep_the_rules(compiled: Read, architecture: str, kernel: Kernel) -> None:
     assert faults(compiled, architecture, kernel) == set(), compiled.usage[architecture, kernel]
@@ -169,7 +178,7 @@ def test_ends_of_a_call_talk_to_the_host(compiled: Read, architecture: str) -> N
 
 
 def test_every_kernel_is_read(compiled: Read) -> None:
-    wanted = {(a, k) for a in ARCHITECTURES for k in (*KERNELS, *NATIVE, "begin", "end")}
+    wanted = {(a, k) for a in ARCHITECTURES for k in (*KERNELS, *INSIDE_KERNELS, *NATIVE, "begin", "end")}
     assert compiled.usage.keys() == wanted
     assert compiled.ptx.keys() == wanted
     assert {path.stem for folder in ("gpu", "nccl") for path in (CSRC / folder).glob("*.cu")} == set(UNITS)

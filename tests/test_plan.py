@@ -136,7 +136,7 @@ def test_parameters_go_in_buckets_and_a_size_in_one_call() -> None:
         (Question(2, 2, 1024, network=1e9), {"gloo", "shm+gloo"}),
         (NVLINK, {"nccl", "p2p"}),
         (ALONE, {"nccl"}),
-        (Question(2, 8, 1024, device="cuda", link=450e9, network=50e9), {"nccl", "p2p+nccl"}),
+        (Question(2, 8, 1024, device="cuda", link=450e9, network=50e9), {"nccl"}),
     ],
 )
 def test_every_engine_of_the_place_is_predicted(question: Question, engines: set[str]) -> None:
@@ -146,8 +146,8 @@ def test_every_engine_of_the_place_is_predicted(question: Question, engines: set
     for row in rows:
         assert 0 < row.best_s <= row.seconds <= row.worst_s < math.inf
         assert (row.host_bytes > 0) == (question.hosts > 1)
-    for engine in engines - {"shm+gloo", "p2p+nccl"}:
-        own = {row.algorithm for row in rows if row.engine == engine}
+    for engine in engines - {"shm+gloo"}:
+        own = {row.algorithm for row in rows if row.engine == engine} - {"two_level"}
         assert own == {"direct", "oneshot", "ring"} | ({"native"} if engine in ("gloo", "nccl") else set())
         assert [row.codec for row in rows if row.engine == engine and row.auto].count("none") == 1
 
@@ -161,14 +161,17 @@ def test_codec_bf16_is_a_librarys_only() -> None:
     assert "no algorithm has codec bf16" in plan_command.verdict(found)
 
 
-def test_two_levels_are_labelled_as_long_as_they_are_not_built() -> None:
-    """Fails on the day there is such an algorithm: then NOT_BUILT is to lose it."""
-    assert ("two_level" in plans.NOT_BUILT) == ("two_level" not in _native.ALGORITHMS)
+def test_two_levels_are_had_on_cpus_and_asked_for_on_gpus() -> None:
+    assert "two_level" in _native.ALGORITHMS
+    assert [name for name in plans.NOT_BUILT if name in _native.ALGORITHMS] == []
     found = plans.plan(Question(2, 2, 25 << 18, network=0.125e9))
-    assert {row.note for row in found.rows if row.algorithm == "two_level"} == {"not built yet"}
-    assert found.rows[0].algorithm == "two_level"
-    assert found.best.algorithm != "two_level"
-    assert "two_level fp16" in plan_command.verdict(found).splitlines()[-1]
+    assert {(row.note, row.auto) for row in found.rows if row.algorithm == "two_level"} == {("", True)}
+    assert (found.best.algorithm, found.best.codec) == ("two_level", "fp16")
+    half = plans.predict(Question(2, 2, 25 << 18, "bfloat16", network=0.125e9))
+    assert {row.auto for row in half if row.algorithm == "two_level"} == {False}
+    gpus = plans.plan(Question(2, 2, 25 << 18, device="cuda", link=50e9, network=12.5e9))
+    two = [row for row in gpus.rows if row.algorithm == "two_level"]
+    assert {(row.engine, row.note, row.auto) for row in two} == {("nccl", "", False)}
 
 
 def test_ranks_beyond_what_dpcomm_serves_are_said() -> None:

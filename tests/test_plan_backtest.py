@@ -134,11 +134,21 @@ def test_no_measurements_are_an_error(tmp_path: Path) -> None:
         measured.errors([], plan_constants.GLOO)
 
 
-def test_rows_of_several_ranks_a_host_are_left_alone(tmp_path: Path) -> None:
+def test_no_constant_is_fitted_to_rows_of_several_ranks_a_host(tmp_path: Path) -> None:
     document = json.loads((measured.RESULTS / "network.json").read_text())
-    document["rows"] = [document["rows"][0], document["rows"][0] | {"ranks_per_host": 2}]
+    first = next(row for row in document["rows"] if (row["contender"], row["gbit"]) == ("gloo", 1.0))
+    large = first | {"size_bytes": 25 * MIB, "ranks_per_host": 2}
+    ours = [large | {"contender": name, "variant": "fp16/auto"} for name in ("dpcomm", "flat")]
+    document["rows"] = [first, large, *ours, large | {"contender": "pigeon"}]
     (tmp_path / "network.json").write_text(json.dumps(document))
-    assert len(measured.between_hosts(tmp_path)) == 1
+    assert [row.place.nranks for row in measured.between_hosts(tmp_path)] == [2]
+    several = measured.several_a_host(tmp_path)
+    assert [row.algorithm for row in several] == ["native", "two_level", "direct"]
+    assert {row.place for row in several} == {Place(2, 2, 0.125e9, 1.0)}
+    gloo, two, flat = (measured.predicted_us(row, plan_constants.GLOO) for row in several)
+    # A host's line carries 1.5, 0.5 and 1 times the tensor's bytes.
+    assert two < flat < gloo
+    assert gloo / two > 2.0
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -167,7 +177,7 @@ def test_bytes_are_those_that_dpcomm_counted() -> None:
     document = json.loads((measured.RESULTS / "network.json").read_text())
     compared = 0
     for row in document["rows"]:
-        if row["contender"] == "dpcomm":
+        if row["contender"] == "dpcomm" and row.get("ranks_per_host", 1) == 1:
             codec = row["variant"].split("/")[0]
             load = Load(row["size_bytes"] // 4, "float32", codec)
             sent = counts.sent_bytes(counts.auto(load, row["hosts"], network=True), load, row["hosts"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import values
 from numpy.typing import NDArray
 from reference import allreduce, decode_fp16, encode_fp16, relative_l2
 
@@ -252,6 +253,141 @@ def test_ring_of_fp16_stays_under_its_bound() -> None:
     ring, direct = (allreduce(inputs, codec="fp16", bit_class=c)[0] for c in ("ring", "rank_order"))
     assert relative_l2(ring, exact) < 4.7e-4
     assert relative_l2(ring, exact) > 1.3 * relative_l2(direct, exact)  # why direct is what auto takes
+
+
+# --- two_level -------------------------------------------------------------------------------------------------------
+
+KINDS = [(dtype, op, "none") for dtype in ("float32", "float64", "int32", "int64") for op in ("sum", "min", "max")] + [
+    (dtype, op, codec) for dtype in ("float32", "bfloat16") for op in ("sum", "mean") for codec in ("none", "fp16")
+]
+BY_TWO = [[0, 1], [2, 3]]
+
+
+def two_level(inputs: list[list[Array]], op: str = "sum", *, hosts: list[list[int]], **codecs: str) -> list[Array]:
+    return allreduce(inputs, op, bit_class="two_level", hosts=hosts, **codecs)
+
+
+def of_kind(dtype: str, nranks: int, count: int = 700) -> list[list[Array]]:
+    rng = np.random.default_rng([8, nranks])
+    return [[values(dtype, count, rng, special=dtype.startswith(("f", "b")))] for _ in range(nranks)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "int64"])
+@pytest.mark.parametrize("hosts", [BY_TWO, [[0, 2], [1, 3]], [[0], [1, 2, 3]], [[0, 1, 2, 3]]], ids=str)
+def test_integer_valued_sums_of_hosts_have_their_closed_form(hosts: list[list[int]], dtype: str) -> None:
+    index = np.arange(1000)
+    inputs = [[(index * (r + 1)).astype(dtype)] for r in range(4)]
+    assert two_level(inputs, hosts=hosts)[0].tolist() == (10 * index).tolist()
+    assert two_level(inputs, "max", hosts=hosts)[0].tolist() == (4 * index).tolist()
+    assert two_level(inputs, "min", hosts=hosts)[0].tolist() == index.tolist()
+
+
+@pytest.mark.parametrize("hosts", [BY_TWO, [[0, 1, 2], [3]], [[0, 1, 2, 3]], [[0], [1], [2], [3]]], ids=str)
+@pytest.mark.parametrize("codec", ["none", "fp16"])
+@pytest.mark.parametrize("intra_codec", ["none", "fp16"])
+def test_means_of_hosts_divide_by_all_ranks(hosts: list[list[int]], codec: str, intra_codec: str) -> None:
+    """Whole numbers to 2**9 and their sums need eleven digits at most: no codec rounds them."""
+    inputs = [[np.array([4.0 * r, 8.0, 512.0, 0.0], np.float32)] for r in range(4)]
+    found = two_level(inputs, "mean", hosts=hosts, codec=codec, intra_codec=intra_codec)[0]
+    assert found.tolist() == [6.0, 8.0, 512.0, 0.0]
+
+
+@pytest.mark.parametrize(("dtype", "op", "codec"), KINDS)
+def test_hosts_of_one_rank_each_are_rank_order(dtype: str, op: str, codec: str) -> None:
+    inputs = of_kind(dtype, 3)
+    found = two_level(inputs, op, hosts=[[0], [1], [2]], codec=codec)[0]
+    assert np.array_equal(bits(found), bits(allreduce(inputs, op, codec=codec)[0]))
+
+
+def test_hosts_of_one_rank_take_the_codec_inside_hosts_too() -> None:
+    """It shows where a maximum is rounded up to a power of two: the exponent then changes, and the smallest values
+    lose the bit that they had kept."""
+    inputs = of_kind("float32", 3)
+    for (x,) in inputs:
+        x[-2:] = [2 - 2.0**-13, 2.0**-28 * (1 + 2.0**-10)]
+        x[512:-2] = 0  # the last group
+    wire = reference.through_fp16
+    once = [[wire(x)] for (x,) in inputs]
+    found = two_level(inputs, hosts=[[0], [1], [2]], codec="fp16", intra_codec="fp16")[0]
+    assert np.array_equal(bits(found), bits(wire(allreduce(once, codec="fp16")[0])))
+    assert not np.array_equal(bits(found), bits(allreduce(inputs, codec="fp16")[0]))  # control
+
+
+def test_one_hosts_sum_travels_once_more() -> None:
+    inputs = gaussians(4, 700, seed=9)
+    total, mean = (allreduce(inputs, op)[0] for op in ("sum", "mean"))
+    for op, plain in (("sum", total), ("mean", mean)):
+        assert np.array_equal(bits(two_level(inputs, op, hosts=[[0, 1, 2, 3]])[0]), bits(plain))
+    found = two_level(inputs, "mean", hosts=[[0, 1, 2, 3]], codec="fp16")[0]
+    wire = reference.through_fp16
+    assert np.array_equal(bits(found), bits(wire(wire(total) / np.float32(4))))
+
+
+def test_two_hosts_of_two_written_out() -> None:
+    inputs = gaussians(4, 700, seed=10)
+    a, b, c, d = (segments[0] for segments in inputs)
+    wire = reference.through_fp16
+
+    def between(left: Array, right: Array) -> Array:
+        return wire((wire(left) + wire(right)) / np.float32(4))
+
+    def found(codec: str, intra_codec: str) -> Array:
+        return bits(two_level(inputs, "mean", hosts=BY_TWO, codec=codec, intra_codec=intra_codec)[0])
+
+    plain = ((a + b) + (c + d)) / np.float32(4)
+    assert np.array_equal(found("none", "none"), bits(plain))
+    assert np.array_equal(found("none", "fp16"), bits(plain))  # codec none: inside, too
+    assert np.array_equal(found("fp16", "none"), bits(between(a + b, c + d)))
+    both = wire(between(wire(a) + wire(b), wire(c) + wire(d)))
+    assert np.array_equal(found("fp16", "fp16"), bits(both))
+    assert not np.array_equal(found("fp16", "fp16"), found("fp16", "none"))  # control
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("intra_codec", ["none", "fp16"])
+def test_sixteen_bit_sums_of_hosts_are_rounded_in_memory(dtype: str, intra_codec: str) -> None:
+    inputs = [[x] for (x,) in of_kind(dtype, 4)]
+    dtype_of = inputs[0][0].dtype
+    wire, wide = reference.through_fp16, reference.widen
+
+    def memory(x: Array) -> Array:
+        return wide(reference.narrow(x, dtype_of))
+
+    def inside(x: Array) -> Array:
+        return wire(x) if intra_codec == "fp16" else x
+
+    a, b, c, d = (wide(segments[0]) for segments in inputs)
+    with np.errstate(all="ignore"):
+        left, right = memory(inside(a) + inside(b)), memory(inside(c) + inside(d))
+        expected = reference.narrow(inside(memory(wire(wire(left) + wire(right)))), dtype_of)
+    found = two_level(inputs, hosts=BY_TWO, codec="fp16", intra_codec=intra_codec)[0]
+    assert np.array_equal(bits(found), bits(expected))
+    assert not np.array_equal(bits(found), bits(allreduce(inputs, codec="fp16")[0]))  # control
+
+
+@pytest.mark.parametrize("op", ["sum", "mean"])
+def test_other_partitions_give_other_bits(op: str) -> None:
+    inputs = gaussians(4, 2000, seed=11)
+    partitions = [BY_TWO, [[0, 2], [1, 3]], [[0, 3], [1, 2]], [[0], [1, 2, 3]], [[0, 1, 2], [3]]]
+    for codec in ("none", "fp16"):
+        found = [two_level(inputs, op, hosts=hosts, codec=codec)[0] for hosts in partitions]
+        flat = allreduce(inputs, op, codec=codec)[0]
+        different = [*found[:-1], *([found[-1]] if codec == "fp16" else []), flat]
+        assert len({x.tobytes() for x in different}) == len(different)
+    # The last rank alone is added last, as in rank order.
+    assert np.array_equal(two_level(inputs, op, hosts=[[0, 1, 2], [3]])[0], allreduce(inputs, op)[0])
+
+
+def test_what_is_no_partition_is_refused() -> None:
+    inputs = gaussians(3, 10)
+    for hosts in ([], [[0, 1]], [[0, 1], [1, 2]], [[1, 0], [2]], [[2], [0, 1]], [[0, 1, 2], []], [[0, 1], [3]]):
+        with pytest.raises(ValueError, match="hosts"):
+            two_level(inputs, hosts=hosts)
+    with pytest.raises(ValueError, match="intra_codec"):
+        two_level(inputs, hosts=[[0, 1], [2]], codec="fp16", intra_codec="bf16")
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_combinations_without_a_meaning_are_refused() -> None:

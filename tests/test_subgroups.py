@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -314,8 +315,35 @@ def use_crosswise(rank: int, nranks: int, engine: str) -> list[Caught]:
 def test_two_communicators_used_in_opposite_order_time_out(pool: Pools, engine: str) -> None:
     caught = [one for (one,) in pool(2).run(use_crosswise, engine)]
     check_all(caught, "CommTimeoutError", within_s=TIMEOUT_S + GRACE_S)
+    waited_in, begun = [], []  # the names of communicators
     for rank, one in enumerate(caught):
         assert one.failure.attributes["waiting_for"] == (1 - rank,)
+        named = re.search(
+            r"comm=(\w+) .*it has begun call 2 of communicator (\w+), which this rank has not made", one.text
+        )
+        assert named, one.text
+        waited_in.append(named[1])
+        begun.append(named[2])
+    assert waited_in == begun[::-1]
+    assert waited_in[0] != waited_in[1]
+
+
+def come_late(rank: int, nranks: int) -> Caught | None:
+    """As above, but rank 1 makes no call at all."""
+    with dpcomm.Communicator(timeout_s=TIMEOUT_S) as a, dpcomm.Communicator(timeout_s=TIMEOUT_S) as b:
+        for comm in (a, b):
+            comm.allreduce(torch.ones(3))
+        caught = catch(a.allreduce, torch.ones(1000)) if rank == 0 else None
+        dist.barrier()
+        return caught
+
+
+def test_a_rank_that_is_late_is_not_said_to_be_elsewhere(pool: Pools) -> None:
+    """Control of the last test."""
+    caught = pool(2).run(come_late)[0]
+    assert caught is not None
+    check(caught, "CommTimeoutError", "waiting for rank 1")
+    assert "has begun" not in caught.text
 
 
 CIRCLE = {0: ("tp", "dp"), 1: ("dp", "tp"), 3: ("tp", "dp"), 2: ("dp", "tp")}  # 0 waits for 1 for 3 for 2 for 0

@@ -23,8 +23,9 @@ struct Arrival {
   std::string text;  // broken: in the library's words
 };
 
-// All ranks make the same exchanges in the same order; of one exchange each rank sends at most one message to each peer
-// and receives at most one, of the size that it is sent with. One thread calls exchange() and wait().
+// What a rank sends to a peer, exchange after exchange, is what the peer receives from it, in the same order and sizes;
+// in one exchange at most one message each way. Two ranks need not make the same exchanges: a message may go to a rank
+// that receives it together with others. One thread calls exchange() and wait().
 //
 // The three patterns that algorithms use are exchanges:
 //   all-to-all   a send to and a receive from every peer, each of its own bytes
@@ -44,8 +45,8 @@ class Carrier {
   // Asked of carriers that have one only.
   virtual int64_t add(const std::vector<Transfer>&, Dtype) { return -1; }
 
-  // Waits until all of an exchange is here and sent; tickets are waited for once each, in order. Late: a message did
-  // not move for timeout_s.
+  // Waits until all of an exchange is here and sent; tickets are waited for once each. Late: a message did not move for
+  // timeout_s.
   virtual Arrival wait(int64_t ticket, double timeout_s) = 0;
 
   // Ends everything in flight; when it returns, the carrier no longer touches the memory of any exchange. Any thread.

@@ -6,6 +6,9 @@
 //
 // so that two slices are always on the wire in each direction while the processor works on others.
 #pragma once
+#include <deque>
+#include <vector>
+
 #include "../core/steps.h"
 #include "carrier.h"
 
@@ -32,9 +35,59 @@ struct CarriedCall {
   const Header& header;
   int64_t group_bytes;
   double timeout_s;
+  const int* ranks = nullptr;  // of the team, as the carrier knows them; null: the same
 };
 
-// Returns how the first exchange that did not end well ended; by then others may still be in flight.
+// Where the values of whole groups of one tensor lie as they would in a message: user memory can be sent, and received
+// into. Null: not so.
+char* values_in(const Bucket& bucket, Range range, int64_t group_bytes);
+
+// One rank's part of a call, a round at a time, so that somebody may do other work, or play other calls, between.
+class Player {
+ public:
+  Player(Carrier& carrier, Stepper& stepper, const CarriedCall& call);
+
+  // Of direct and oneshot: gives slice `number`, and goes on with those before. False: see end(). Rounds that the call
+  // does not have do nothing.
+  bool round(int64_t number);
+  bool ring();  // all of it
+
+  int64_t slices() const { return chunks_.slices; }
+  // How the first exchange that did not end well ended; by then others may still be in flight.
+  const Arrival& end() const { return end_; }
+
+ private:
+  void give(int64_t slice);
+  bool reduce(int64_t slice);
+  bool take(int64_t slice);
+  void give_all(int64_t slice);
+  bool turn(int64_t slice, int turn);
+  bool in_call(int64_t slice) const { return slice >= 0 && slice < chunks_.slices; }
+  char* in_memory(Range range) const;
+  Range ring_range(int64_t slice, int chunk) const;
+
+  void run(const Step& step, bool in_place = false) { stepper_.play(step, in_place); }
+  void begin() { sends_.clear(), receives_.clear(); }
+  void send(int peer, char* from, Range range);
+  void receive(int peer, char* to, Range range);
+  int carried(int peer) const { return call_.ranks ? call_.ranks[peer] : peer; }
+  void start();
+  bool arrived();
+
+  Carrier& carrier_;
+  Stepper& stepper_;
+  const CarriedCall call_;
+  const Team& t_;
+  const Algorithm algorithm_;
+  const Chunks chunks_;
+  const bool values_travel_;
+  std::vector<Transfer> sends_, receives_;
+  std::deque<int64_t> tickets_;  // to wait for, the oldest first
+  uint32_t ring_sent_ = 0, ring_read_ = 0;
+  Arrival end_;
+};
+
+// One call from its first round to its last. Returns Player::end().
 Arrival play(Carrier& carrier, Stepper& stepper, const CarriedCall& call);
 
 }  // namespace dpcomm

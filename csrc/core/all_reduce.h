@@ -27,6 +27,7 @@ DPCOMM_HD bool all_reduce(Lanes& lanes, const Team& t, const Bucket& bucket, con
       return all_reduce_by<Codec, Algorithm::ring>(lanes, t, bucket, header);
     case Algorithm::automatic:
     case Algorithm::native:
+    case Algorithm::two_level:
       break;  // the engine has chosen
   }
   return false;

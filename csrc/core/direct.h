@@ -75,7 +75,7 @@ struct Direct {
     const uint32_t number = results + uint32_t(slice);
     const auto in = [&](int r) { return message(kGiven, r, t.rank, given + uint32_t(slice), range); };
     const auto shared = message(kResult, t.rank, (t.rank + 1) % t.nranks, number, range);  // any reader's
-    const auto nranks = Codec::Element::divisor(t.nranks);
+    const auto nranks = Codec::Element::divisor(contributors(t));
     // A scale is the end of a long chain of dependent operations. Lanes that put off settle a group only after the sum
     // of the next one, so that two chains overlap; the sum waits in user memory, if that holds it without rounding.
     using Element = typename Codec::Element;

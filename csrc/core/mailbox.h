@@ -40,6 +40,7 @@ struct Team {
   int64_t slice_bytes;  // what one slot should carry: small enough that several are on their way
   bool shared;          // all ranks see one memory: a kResult message is written once, into the writer's arena
   int channel = 0, channels = 1;  // this schedule's share of a call: the slices channel, channel + channels, ...
+  int contributors = 0;           // whom a mean divides by; 0: nranks
 };
 
 }  // namespace dpcomm

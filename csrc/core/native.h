@@ -15,7 +15,6 @@ template <class Element_, class Wire_>
 struct Native {
   using Element = Element_;
   using Wire = Wire_;
-  using Code = uint16_t;
   using Acc = float;
   static constexpr bool scaled = false;
   static constexpr int32_t infinity = std::is_same_v<Wire, Float16> ? 0x7c00 : 0x7f80;  // the code

@@ -39,7 +39,7 @@ struct Oneshot {
   DPCOMM_HD void reduce(int64_t slice) {
     lanes.phase(Phase::reduce);
     const auto in = [&](int r) { return message(r, t.rank, slice); };
-    const auto nranks = Codec::Element::divisor(t.nranks);
+    const auto nranks = Codec::Element::divisor(contributors(t));
     each_memory<Codec, true>(lanes, bucket, chunks.range(slice, 0), [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;
       add_up<Codec>(t, op, nranks, memory, at, in, total);

@@ -102,6 +102,9 @@ DPCOMM_HD void set_once(uint64_t* word, uint64_t desired) {
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
 
+DPCOMM_HD int32_t bits(float x) { return bit_cast<int32_t>(x); }
+DPCOMM_HD int32_t mask(bool c) { return -int32_t{c}; }  // all bits or none, as comparing vectors answers
+
 #if defined(__CUDACC__)
 constexpr int kVec = 8;               // two 16-byte loads of floats, one 16-byte store of halves
 constexpr int kVecAlign = 16;         // what a whole access needs
@@ -132,7 +135,6 @@ template <class T>
 DPCOMM_HD void set_element(Vec<T>& v, int k, T x) {
   v.at[k] = x;
 }
-DPCOMM_HD int32_t bits(float x) { return bit_cast<int32_t>(x); }
 DPCOMM_HD int64_t bits(double x) { return bit_cast<int64_t>(x); }
 DPCOMM_HD uint32_t uns(int32_t x) { return static_cast<uint32_t>(x); }
 DPCOMM_HD uint64_t uns(int64_t x) { return static_cast<uint64_t>(x); }
@@ -162,8 +164,10 @@ DPCOMM_HD T first(T x) {
 #else
 #if defined(__AVX512F__)
 constexpr int kVec = 16;
-#else
+#elif defined(__AVX__)
 constexpr int kVec = 8;
+#else
+constexpr int kVec = 4;  // one register of floats: gcc 12 compares longer vectors element by element
 #endif
 constexpr int kVecAlign = 1;
 constexpr bool kNanSurvives = true;  // a canonical NaN times a number is a canonical NaN
@@ -191,6 +195,7 @@ DPCOMM_HD void set_element(V& v, int k, T x) {
 }
 DPCOMM_HD Vec<int32_t> bits(Vec<float> v) { return (Vec<int32_t>)v; }
 DPCOMM_HD Vec<int64_t> bits(Vec<double> v) { return (Vec<int64_t>)v; }
+DPCOMM_HD Vec<int32_t> mask(Vec<int32_t> v) { return v; }
 DPCOMM_HD Vec<uint32_t> uns(Vec<int32_t> v) { return (Vec<uint32_t>)v; }
 DPCOMM_HD Vec<uint64_t> uns(Vec<int64_t> v) { return (Vec<uint64_t>)v; }
 template <class V, class T>
@@ -198,12 +203,18 @@ DPCOMM_HD V alike(const V&, T value) {
   return V{} + value;
 }
 template <class T, class V>
-DPCOMM_HD Vec<T> same_bits(V v) {
-  return (Vec<T>)v;
+DPCOMM_HD auto same_bits(V v) {
+  if constexpr (std::is_arithmetic_v<V>)
+    return bit_cast<T>(v);
+  else
+    return (Vec<T>)v;
 }
 template <class T, class V>
-DPCOMM_HD Vec<T> convert(V v) {
-  return __builtin_convertvector(v, Vec<T>);
+DPCOMM_HD auto convert(V v) {
+  if constexpr (std::is_arithmetic_v<V>)
+    return static_cast<T>(v);
+  else
+    return __builtin_convertvector(v, Vec<T>);
 }
 // One value for a whole group. On the host it stays in a vector register, every element alike: going through a scalar
 // register and back costs 13 cycles in the longest chain of a group.
@@ -273,7 +284,13 @@ DPCOMM_HD void stream(T* to, const Vec<T>& v) {
     return;
   }
 #endif
-  for (int i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)(out + i), _mm_loadu_si128((const __m128i*)(in + i)));
+  if constexpr (bytes % 16 == 0) {
+    for (int i = 0; i < bytes; i += 16)
+      _mm_stream_si128((__m128i*)(out + i), _mm_loadu_si128((const __m128i*)(in + i)));
+  } else {  // four codes of two bytes
+    static_assert(bytes == 8);
+    _mm_stream_si64((long long*)out, bit_cast<long long>(v));
+  }
 }
 #endif
 
@@ -298,22 +315,29 @@ DPCOMM_HD Uniform<int32_t> max_element(const Vec<int32_t>& v) {
 // Definition: round to nearest even, any NaN becomes 0x7e00 and comes back as 0x7fc00000. The hardware bodies below
 // are second bodies of it; tests/cpp/test_portable.cpp compares them on every input.
 
-// ?: that stays arithmetic: gcc turns nested ?: into jumps, and a loop with jumps is not vectorised.
-DPCOMM_HD int32_t pick(bool c, int32_t a, int32_t b) { return b ^ ((a ^ b) & -int32_t(c)); }
-
-DPCOMM_HD uint16_t half_bits(float x) {
-  const uint32_t b = bit_cast<uint32_t>(x), sign = b >> 16 & 0x8000u;
-  const int32_t m = b & 0x7fffffff;
-  const int32_t normal = (m - (112 << 23) + 0xfff + (m >> 13 & 1)) >> 13;
-  const int32_t tiny = bit_cast<int32_t>(bit_cast<float>(m) + 0.5f) - 0x3f000000;  // the adder rounds
-  const int32_t h = pick(m >= 0x47800000, 0x7c00, pick(m < 0x38800000, tiny, normal));
-  return static_cast<uint16_t>(pick(m > 0x7f800000, 0x7e00, h | sign));
+// c ? a : b, where c is a mask. As arithmetic: gcc turns nested ?: of single values into jumps, and a loop with jumps
+// is not vectorised.
+template <class I, class A>
+DPCOMM_HD I pick(I c, A a, I b) {
+  return b ^ ((a ^ b) & c);
 }
-DPCOMM_HD float half_value(uint16_t h) {
-  const int32_t m = (h & 0x7fff) << 13, normal = m + (112 << 23);
-  const int32_t tiny = bit_cast<int32_t>(bit_cast<float>(m + (113 << 23)) - 6.103515625e-05f);  // 2^-14
-  const int32_t magnitude = pick(m >= 0x0f800000, m + (224 << 23), pick(m < 0x00800000, tiny, normal));
-  return bit_cast<float>(pick(m > 0x0f800000, 0x7fc00000, magnitude | (h & 0x8000) << 16));
+
+// `x` is a float, or on the host a Vec<float>.
+template <class F>
+DPCOMM_HD auto half_bits(F x) {
+  const auto b = bits(x), m = b & 0x7fffffff;
+  const auto normal = (m - (112 << 23) + 0xfff + (m >> 13 & 1)) >> 13;
+  const auto tiny = bits(same_bits<float>(m) + 0.5f) - 0x3f000000;  // the adder rounds
+  const auto h = pick(mask(m >= 0x47800000), 0x7c00, pick(mask(m < 0x38800000), tiny, normal));
+  return convert<uint16_t>(pick(mask(m > 0x7f800000), 0x7e00, h | (b >> 16 & 0x8000)));
+}
+// `h` is a uint16_t, or on the host a Vec<uint16_t>.
+template <class H>
+DPCOMM_HD auto half_value(H h) {
+  const auto b = convert<int32_t>(h), m = (b & 0x7fff) << 13, normal = m + (112 << 23);
+  const auto tiny = bits(same_bits<float>(m + (113 << 23)) - 6.103515625e-05f);  // 2^-14
+  const auto magnitude = pick(mask(m >= 0x0f800000), m + (224 << 23), pick(mask(m < 0x00800000), tiny, normal));
+  return same_bits<float>(pick(mask(m > 0x0f800000), 0x7fc00000, magnitude | (b & 0x8000) << 16));
 }
 
 DPCOMM_HD Vec<uint16_t> to_half(const Vec<float>& v) {
@@ -328,9 +352,7 @@ DPCOMM_HD Vec<uint16_t> to_half(const Vec<float>& v) {
   const __m256 x = _mm256_blendv_ps((__m256)v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
   return (Vec<uint16_t>)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  Vec<uint16_t> h = splat<uint16_t>(0);
-  for (int k = 0; k < kVec; ++k) set_element(h, k, half_bits(element(v, k)));
-  return h;
+  return map([](auto x) { return half_bits(x); }, v);
 #endif
 }
 // The same, where no element is a NaN.
@@ -356,9 +378,7 @@ DPCOMM_HD Vec<float> from_half(const Vec<uint16_t>& h) {
 #elif defined(__F16C__) && !defined(__CUDACC__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
 #else
-  Vec<float> v = splat<float>(0);
-  for (int k = 0; k < kVec; ++k) set_element(v, k, half_value(element(h, k)));
-  return v;
+  return map([](auto x) { return half_value(x); }, h);
 #endif
 }
 

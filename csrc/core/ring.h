@@ -68,7 +68,7 @@ struct Ring {
   DPCOMM_HD void add(Range range) {
     lanes.phase(Phase::reduce);
     const auto in = incoming(range), out = outgoing(range);
-    const auto nranks = Codec::Element::divisor(t.nranks);
+    const auto nranks = Codec::Element::divisor(contributors(t));
     each_memory<Codec, last>(lanes, bucket, range, [&](const auto& memory, int64_t at) {
       Total<Codec, Lanes> total;
       total.start(Incoming<Codec>(in, at));

@@ -19,6 +19,7 @@ constexpr Function* of_algorithm(Algorithm algorithm, Function* direct, Function
       return ring;
     case Algorithm::automatic:
     case Algorithm::native:
+    case Algorithm::two_level:
       break;
   }
   return nullptr;

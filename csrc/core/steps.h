@@ -63,6 +63,7 @@ DPCOMM_HD void all_reduce_step(Lanes& lanes, const Team& t, const Bucket& bucket
       return ring_step<Codec>(lanes, t, bucket, header, step);
     case Algorithm::automatic:
     case Algorithm::native:
+    case Algorithm::two_level:
       break;  // the engine has chosen
   }
 }

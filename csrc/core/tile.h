@@ -6,6 +6,8 @@
 namespace dpcomm {
 inline namespace DPCOMM_ISA {
 
+DPCOMM_HD int contributors(const Team& t) { return t.contributors > 0 ? t.contributors : t.nranks; }
+
 // A lane's elements in user memory, as accumulators. The end of a segment reads as zeros and is not written.
 template <class Element>
 struct Memory {

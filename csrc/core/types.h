@@ -12,7 +12,8 @@ enum class Op : uint8_t { sum, mean, min, max };
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16, int32, int64 };
 enum class CodecKind : uint8_t { none, fp16, bf16 };  // bf16: of native only
 // native: none of ours, the library that carries the messages adds up itself. Its codecs are plain 16 bits (native.h).
-enum class Algorithm : uint8_t { automatic, direct, oneshot, ring, native };
+// two_level: inside hosts first, then direct or oneshot between them (local.h).
+enum class Algorithm : uint8_t { automatic, direct, oneshot, ring, native, two_level };
 // What lies between the ranks: memory that all of them see, or something that takes a message to one peer.
 enum class Reach : uint8_t { memory, network };
 

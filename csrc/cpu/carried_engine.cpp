@@ -4,19 +4,12 @@
 
 #include "../host/call_facts.h"
 #include "../host/pattern.h"
-#include "float_environment.h"
-#include "times.h"
+#include "carried_steps.h"
 
 namespace dpcomm {
 
 namespace {
 
-// A chunk is cut into kSlices slices, so that the processor and the line both have work from early on, but not into
-// smaller ones than a message is worth (it costs tens of microseconds) or larger ones than a slot.
-// docs/performance.md compares them.
-constexpr int64_t kSlices = 4;
-constexpr int64_t kLeastSliceBytes = 512 * 1024, kMostSliceBytes = int64_t{2} << 20;
-constexpr int64_t kLeastSlotBytes = 4 * 1024;
 // How long a carrier's error waits for the control plane to say what is behind it.
 constexpr double kCauseWaitS = 1.0;
 // The carrier's own all-reduce takes tensors in pieces that each have the time limit, two at once: gloo then has as
@@ -27,61 +20,32 @@ constexpr int64_t kPieceBytes = int64_t{128} << 20;
 // others at once, where a ring hears one.
 int64_t aside_bytes(int nranks) { return nranks == 2 ? 0 : 512 * 1024; }
 
-// Lanes of slots that this rank uses: to and from every peer and itself, everyone's results, both ways of the ring.
-int64_t used_lanes(int nranks) { return 3 * int64_t{nranks} + 2; }
-
-// The largest slots that perform well and fit.
-int64_t slot_bytes_for(int nranks, const CarriedWish& wish) {
-  const int64_t wished = wish.slice_bytes > 0 ? wish.slice_bytes : kMostSliceBytes;
-  const int64_t room = wish.scratch_bytes - nranks * int64_t{sizeof(Mailbox)};
-  const int64_t fits = room / (used_lanes(nranks) * kCarriedSlots) / 4096 * 4096;
-  if (fits < kLeastSlotBytes)
-    throw Error(Code::argument, "an arena of " + std::to_string(wish.scratch_bytes) + " bytes is too small for " +
-                                    std::to_string(nranks) + " ranks. Raise DPCOMM_ARENA_MB.");
-  return std::min(fits, std::max(whole_pages(wished), kLeastSlotBytes));
-}
-
 template <class T>
 void divide(char* data, int64_t count, int nranks) {
   T* const x = reinterpret_cast<T*>(data);
   for (int64_t i = 0; i < count; ++i) x[i] /= T(nranks);
 }
 
-// A codec's steps, timed.
-class Timed final : public Stepper {
- public:
-  Timed(const Isa& isa, const CarriedCall& call) : isa_(isa), call_(call) { tally.since = now_ns(); }
-
-  void play(const Step& step, bool in_place) override {
-    const DefaultFloatEnvironment environment;
-    isa_.run_step({call_.team, call_.bucket, call_.header, step, in_place, tally});
-  }
-  void pause() override { tally.enter(Phase::wait); }
-
-  Tally tally;
-
- private:
-  const Isa& isa_;
-  const CarriedCall& call_;
-};
-
 }  // namespace
 
 CarriedEngine::CarriedEngine(int rank, const CarriedWish& wish, std::vector<CarriedPeer> peers,
                              std::unique_ptr<ControlPlane> plane, std::unique_ptr<Carrier> carrier, const Isa& isa,
-                             const std::string& engine_name)
+                             const std::string& engine_name, std::unique_ptr<HostMemory> memory)
     : peers_(std::move(peers)),
       plane_(std::move(plane)),
       carrier_(std::move(carrier)),
       isa_(isa),
       engine_name_(engine_name) {
   const int nranks = int(peers_.size());
-  const int64_t slot_bytes = slot_bytes_for(nranks, wish);
-  const int64_t arena = whole_pages(arena_bytes(nranks, kCarriedSlots, slot_bytes, true));
-  used_bytes_ = nranks * int64_t{sizeof(Mailbox)} + used_lanes(nranks) * kCarriedSlots * slot_bytes;
+  const int64_t flat_bytes = memory ? wish.scratch_bytes / 4 : wish.scratch_bytes;
+  const int64_t slot_bytes = carried_slot_bytes(nranks, flat_bytes, wish.slice_bytes);
+  const int64_t arena = carried_arena_bytes(nranks, slot_bytes);
+  used_bytes_ = carried_used_bytes(nranks, slot_bytes);
   scratch_ = Arena::sparse(size_t(nranks * arena), size_t(used_bytes_));
   for (int r = 0; r < nranks; ++r) box_.push_back(reinterpret_cast<Mailbox*>(scratch_.data() + r * arena));
   team_ = {rank, nranks, box_.data(), &plane_->page().failure, kCarriedSlots, slot_bytes, slot_bytes, true};
+  if (memory)
+    two_level_ = std::make_unique<TwoLevel>(rank, nranks, std::move(*memory), wish.scratch_bytes / 2, *plane_, isa_);
 }
 
 CarriedEngine::~CarriedEngine() { close(); }
@@ -92,13 +56,13 @@ void CarriedEngine::verify(double timeout_s, const std::string& name) {
   uncounted_ = sequence_;
   stats(true);
   name_ = name;
+  known_.emplace([this] { return failure_text(); });
 }
 
 void CarriedEngine::allreduce(const Call& call) {
   origin_.refuse_fork();
   if (plane_->failure() != 0) throw cause_error(&call, false);
-  const bool native = call.algorithm == Algorithm::native;
-  if (native ? !adds_up(call) : !served(call)) throw failure_text().unserved(call);
+  if (!serves(call)) throw failure_text().unserved(call);
   if (team_.nranks == 1) return;
   Bucket bucket{};
   const Header header = begin(call, bucket);
@@ -111,9 +75,14 @@ Header CarriedEngine::begin(const Call& call, Bucket& bucket) {
   bucket = {segments_.data(), int64_t(segments_.size()), groups};
   Header header = header_of(call, groups, team_.nranks, Reach::network);
   header.sequence = ++sequence_;
-  if (steps_aside(call, groups)) header.algorithm = uint8_t(Algorithm::native);
+  if (takes_two_levels(call)) {
+    header.algorithm = uint8_t(Algorithm::two_level);
+    header.layout ^= two_level_->partition().hash();
+  } else if (steps_aside(call, groups)) {
+    header.algorithm = uint8_t(Algorithm::native);
+  }
   const int64_t chunk_bytes = groups * group_bytes(call.dtype, call.codec) / parts_of(header, team_.nranks);
-  team_.slice_bytes = std::clamp(chunk_bytes / kSlices, std::min(kLeastSliceBytes, team_.slot_bytes), team_.slot_bytes);
+  team_.slice_bytes = slice_bytes_for(chunk_bytes, team_.slot_bytes);
   return header;
 }
 
@@ -127,17 +96,41 @@ void CarriedEngine::agree(const Call& call, const Header& header) {
 }
 
 void CarriedEngine::move(const Call& call, const Header& header, const Bucket& bucket) {
-  const int64_t bytes = group_bytes(call.dtype, call.codec);
-  const CarriedCall carried{team_, bucket, header, bytes, timeout_s_};
-  Timed steps(isa_, carried);
-  const bool aside = Algorithm(header.algorithm) == Algorithm::native;
-  const Arrival end = aside ? add_by_carrier(call) : play(*carrier_, steps, carried);
-  steps.pause();
+  Tally tally;
+  tally.since = now_ns();
+  int64_t sent = 0;
+  Arrival end;
+  if (Algorithm(header.algorithm) == Algorithm::two_level) {
+    const auto ended = two_level_->play(*carrier_, bucket, header, timeout_s_, tally);
+    if (!ended) fail(call);
+    end = *ended;
+    sent = two_level_->wire_bytes();
+  } else {
+    TimedSteps steps(isa_, team_, bucket, header, tally);
+    const CarriedCall carried{team_, bucket, header, group_bytes(call.dtype, call.codec), timeout_s_};
+    const bool aside = Algorithm(header.algorithm) == Algorithm::native;
+    end = aside ? add_by_carrier(call) : play(*carrier_, steps, carried);
+    sent = wire_bytes(header, bucket.groups, team_.rank, team_.nranks, Reach::network);
+  }
+  tally.enter(Phase::wait);
   if (end.kind != Arrival::Kind::here) fail_arrival(call, end);
   const std::lock_guard lock(stats_mutex_);
-  count_call(stats_, header, bucket.groups, team_.rank, team_.nranks, Reach::network);
-  add_times(stats_, steps.tally);
-  stats_.nonfinite_groups += steps.tally.nonfinite_groups;
+  count_call(stats_, header, sent);
+  add_times(stats_, tally);
+  stats_.nonfinite_groups += tally.nonfinite_groups;
+}
+
+bool CarriedEngine::serves(const Call& call) const {
+  if (call.algorithm == Algorithm::native) return adds_up(call);
+  if (call.algorithm != Algorithm::two_level) return served(call);
+  Call open = call;
+  open.algorithm = Algorithm::automatic;
+  return two_level_ && served(open);
+}
+
+bool CarriedEngine::takes_two_levels(const Call& call) const {
+  if (call.algorithm != Algorithm::automatic) return call.algorithm == Algorithm::two_level;
+  return two_level_ && TwoLevel::suits(call.dtype);
 }
 
 bool CarriedEngine::adds_up(const Call& call) const {
@@ -226,6 +219,7 @@ void CarriedEngine::check() {
 
 void CarriedEngine::close() {
   if (in_forked_child() || closed_.exchange(true)) return;
+  known_.reset();
   plane_->close(sequence_);
   carrier_->close();
 }
@@ -244,10 +238,11 @@ Description CarriedEngine::describe() {
   d.engine = engine_name_;
   d.simd = isa_.name;
   d.store = "plain";
-  d.arena_bytes = used_bytes_;
+  d.arena_bytes = used_bytes_ + (two_level_ ? two_level_->bytes() : 0);
   d.slot_bytes = team_.slot_bytes;
   d.slots = team_.slots;
-  d.aside_bytes = carrier_->adds(Dtype::float32) ? aside_bytes(team_.nranks) : 0;
+  d.aside_bytes = carrier_->adds(Dtype::float32) && !two_level_ ? aside_bytes(team_.nranks) : 0;
+  if (two_level_) d.hosts = two_level_->partition().hosts(), d.intra_codec = name_of(two_level_->codec_inside());
   d.sequence = sequence_ - uncounted_;
   for (const CarriedPeer& p : peers_) d.pids.push_back(p.pid);
   return d;

@@ -1,17 +1,19 @@
-// Engines gloo and torch: tensors on the CPU of any host; a carrier moves the messages, sockets of our own agree on
-// each call before and tell of failures.
+// Engines gloo, torch and two_level: tensors on the CPU of any host; a carrier moves the messages, sockets of our own
+// agree on each call before and tell of failures.
 #pragma once
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "../carried/schedule.h"
 #include "../engine.h"
 #include "../host/arena.h"
+#include "../host/communicators.h"
 #include "../host/control_plane.h"
-#include "../host/failure_text.h"
 #include "../host/origin.h"
 #include "kernels.h"
+#include "two_level.h"
 
 namespace dpcomm {
 
@@ -29,9 +31,11 @@ struct CarriedPeer {
 
 class CarriedEngine final : public Engine {
  public:
-  // `peers`: by rank, this one included. Throws Error(argument) if scratch_bytes cannot hold the smallest slots.
+  // `peers`: by rank, this one included. `memory`: of engine two_level. Throws Error(argument) if scratch_bytes cannot
+  // hold the smallest slots.
   CarriedEngine(int rank, const CarriedWish& wish, std::vector<CarriedPeer> peers, std::unique_ptr<ControlPlane> plane,
-                std::unique_ptr<Carrier> carrier, const Isa& isa, const std::string& engine_name);
+                std::unique_ptr<Carrier> carrier, const Isa& isa, const std::string& engine_name,
+                std::unique_ptr<HostMemory> memory = nullptr);
   ~CarriedEngine() override;
 
   // First call, on all ranks at once: moves and checks a pattern. Throws like allreduce. Afterwards messages carry
@@ -57,6 +61,8 @@ class CarriedEngine final : public Engine {
   Header begin(const Call& call, Bucket& bucket);
   void agree(const Call& call, const Header& header);
   void move(const Call& call, const Header& header, const Bucket& bucket);
+  bool serves(const Call& call) const;
+  bool takes_two_levels(const Call& call) const;
   bool adds_up(const Call& call) const;  // whether the carrier does
   bool steps_aside(const Call& call, int64_t groups) const;
   Arrival add_by_carrier(const Call& call);
@@ -74,7 +80,8 @@ class CarriedEngine final : public Engine {
   const std::string engine_name_;
   Arena scratch_;
   std::vector<Mailbox*> box_;  // my copies of everyone's arena
-  Team team_{};
+  Team team_{};                // of all ranks
+  std::unique_ptr<TwoLevel> two_level_;
   double timeout_s_ = 0;
   std::string name_ = "new";
   std::atomic<uint64_t> sequence_{0};  // calls begun
@@ -86,6 +93,7 @@ class CarriedEngine final : public Engine {
   std::atomic<bool> closed_{false};
   std::mutex stats_mutex_;
   Stats stats_;
+  std::optional<KnownCommunicator> known_;  // last: it asks for all of the above
 };
 
 }  // namespace dpcomm

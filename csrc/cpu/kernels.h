@@ -14,11 +14,14 @@ struct KernelCall {
   Tally& tally;
 };
 
+struct LocalCall;  // local_rounds.h
+
 struct Isa {
   const char* name;
   bool usable;
   bool (*run)(const KernelCall&);  // false: failed, and the failure word says why
   void (*run_step)(const StepCall&);
+  bool (*run_local)(const LocalCall&);  // false: as run
 };
 const Isa* isas(int* count);       // best first; the last is "portable"
 const Isa& isa(const char* name);  // by name, "" for the best usable; throws Error(argument)

@@ -33,6 +33,18 @@ void ShmBuilder::bind(const Secret& secret, double timeout_s) {
   }
 }
 
+std::unique_ptr<HostMemory> ShmBuilder::share(std::vector<std::vector<int>> hosts, CodecKind codec) {
+  if (peers_.empty()) throw Error(Code::internal, "[dpcomm:INTERNAL] share() before bind()");
+  auto mapped = std::make_shared<std::vector<Arena>>();
+  auto memory = std::make_unique<HostMemory>(HostMemory{std::move(hosts), codec, geometry_, {}, mapped});
+  for (ShmEngine::Peer& p : peers_) {
+    memory->arenas.push_back(p.arena.data());
+    mapped->push_back(std::move(p.arena));
+  }
+  peers_.clear();  // the sockets: engines between hosts have others
+  return memory;
+}
+
 std::unique_ptr<ShmEngine> ShmBuilder::finish(double timeout_s, const std::string& name) {
   if (peers_.empty()) throw Error(Code::internal, "[dpcomm:INTERNAL] finish() before bind()");
   auto engine = std::make_unique<ShmEngine>(rank_, geometry_, std::move(peers_), isa_, rejected());

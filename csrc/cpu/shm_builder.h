@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "../host/rendezvous.h"
+#include "host_team.h"
 #include "shm_engine.h"
 
 namespace dpcomm {
@@ -17,6 +18,8 @@ class ShmBuilder {
   std::vector<bool> probe(const std::vector<Endpoint>& endpoints) { return rendezvous_.probe(endpoints); }
   // Stage bind: handshakes, descriptors, mappings.
   void bind(const Secret& secret, double timeout_s);
+  // The memory of all ranks, for an engine that shares it inside a host only; after bind. The builder is used up.
+  std::unique_ptr<HostMemory> share(std::vector<std::vector<int>> hosts, CodecKind codec);
   // Stage verify: the first calls. The builder is used up.
   std::unique_ptr<ShmEngine> finish(double timeout_s, const std::string& name);
 

@@ -12,10 +12,6 @@ namespace {
 
 // What a channel must have to do before it gets a thread of its own: waking one takes about as long as a slice.
 constexpr int64_t kSlicesPerChannel = 2;
-// About 150 us before the first nap. Two ranks that the scheduler has put on one processor give it to each other that
-// way and stay runnable, so that it moves one of them; napping, they looked like one task and stayed
-// (docs/performance.md).
-constexpr int kYields = 500;
 
 }  // namespace
 
@@ -91,7 +87,7 @@ int ShmEngine::channels_for(int64_t slices) const {
 
 void ShmEngine::count(const Header& header, const Bucket& bucket, int channels) {
   const std::lock_guard lock(stats_mutex_);
-  count_call(stats_, header, bucket.groups, team_.rank, team_.nranks, Reach::memory);
+  count_call(stats_, header, wire_bytes(header, bucket.groups, team_.rank, team_.nranks, Reach::memory));
   add_times(stats_, channels_[0].tally);
   for (int k = 0; k < channels; ++k) stats_.nonfinite_groups += channels_[size_t(k)].tally.nonfinite_groups;
 }

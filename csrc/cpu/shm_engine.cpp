@@ -15,7 +15,6 @@ constexpr int kSlots = 8;
 constexpr int64_t kMostSlotBytes = 129 * 1024;  // 128 KiB of codes and their exponents
 constexpr int64_t kLeastSlotBytes = 4 * 1024;
 constexpr int64_t kSliceBytes = 256 * (2 * kGroup + 1);  // 128 KiB: 256 groups of fp16, 128 of float32
-constexpr int kSpins = 200, kSpinsCrowded = 2;
 
 // Slots of at least kLeastSlotBytes that make `channels` channels fit; slots 0: there are none.
 Geometry fit(int nranks, const Wish& wish, int channels, int slots) {
@@ -114,6 +113,7 @@ void ShmEngine::abort(const std::string& reason) {
 
 void ShmEngine::close() {
   if (in_forked_child() || closed_.exchange(true)) return;
+  known_.reset();
   __atomic_store_n(&control_->closed[team_.rank], mine().sequence + 1,
                    __ATOMIC_RELEASE);  // before the hang-up
   for (const uint64_t watch : watches_) Watchdog::instance().forget(watch);

@@ -3,11 +3,12 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "../engine.h"
 #include "../host/arena.h"
+#include "../host/communicators.h"
 #include "../host/control.h"
-#include "../host/failure_text.h"
 #include "../host/origin.h"
 #include "channels.h"
 #include "kernels.h"
@@ -134,6 +135,7 @@ class ShmEngine final : public Engine {
   std::mutex abort_mutex_;
   std::mutex stats_mutex_;
   Stats stats_;
+  std::optional<KnownCommunicator> known_;  // last: it asks for all of the above
 };
 
 }  // namespace dpcomm

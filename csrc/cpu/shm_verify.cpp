@@ -49,6 +49,7 @@ void ShmEngine::verify(double timeout_s, const std::string& name) {
   uncounted_ = mine().sequence;
   stats(true);
   name_ = name;
+  known_.emplace([this] { return failure_text(); });
 }
 
 // A slot's first use costs page faults, which would be charged to the policy that is measured first.

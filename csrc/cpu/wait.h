@@ -18,6 +18,11 @@ class Patience {
   ~Patience() = default;
 };
 
+// Polls with a pause between before the first yield; `crowded`: where ranks share processors. Then about 150 us of
+// yields before the first nap: two ranks that the scheduler has put on one processor give it to each other that way and
+// stay runnable, so that it moves one of them; napping, they looked like one task and stayed (docs/performance.md).
+constexpr int kSpins = 200, kSpinsCrowded = 2, kYields = 500;
+
 struct Waiting {
   // Polls with a pause between, then polls with sched_yield between, then naps. Spinning pays while the peer runs on
   // another processor; put on the same one by the scheduler, a spinning rank keeps its peer from running. So the number

@@ -209,7 +209,7 @@ void P2pEngine::count(const DeviceTeam::Launch& launch) {
   const Segment& last = launch.segments[size_t(here_)].back();
   const int64_t groups = last.first_group + groups_of(last.elems);
   const std::lock_guard lock(stats_mutex_);
-  count_call(stats_, header, groups, rank_, nranks(), Reach::memory);
+  count_call(stats_, header, wire_bytes(header, groups, rank_, nranks(), Reach::memory));
 }
 
 void P2pEngine::abort(const std::string& reason) {
@@ -226,6 +226,7 @@ void P2pEngine::close() {
   if (in_forked_child() || closed_) return;
   if (!team_->settled_within(here_, kDrainS)) abort("closed while operations were in flight");
   if (closed_.exchange(true)) return;
+  known_.reset();
   __atomic_store_n(&control_->closed[rank_], calls_.load() + 1, __ATOMIC_RELEASE);  // before the hang-up
   bool idle = team_->idle_within(kDrainS);
   if (!idle) {

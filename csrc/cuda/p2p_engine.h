@@ -5,9 +5,10 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "../host/arena.h"
-#include "../host/failure_text.h"
+#include "../host/communicators.h"
 #include "../host/origin.h"
 #include "device_team.h"
 #include "peer_memory.h"
@@ -119,6 +120,7 @@ class P2pEngine final : public Engine {
   std::mutex abort_mutex_, stats_mutex_;
   Stats stats_;
   int64_t nonfinite_before_ = 0;
+  std::optional<KnownCommunicator> known_;  // last: it asks for all of the above
 };
 
 }  // namespace dpcomm

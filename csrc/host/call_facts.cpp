@@ -15,7 +15,7 @@ bool encodable(Dtype dtype) { return dtype == Dtype::float32 || dtype == Dtype::
 }  // namespace
 
 bool served(const Call& call) {
-  return call.algorithm != Algorithm::native && call.codec != CodecKind::bf16 && served_natively(call);
+  return call.algorithm <= Algorithm::ring && call.codec != CodecKind::bf16 && served_natively(call);
 }
 
 bool served_natively(const Call& call) {
@@ -61,17 +61,19 @@ int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks, 
   return 2 * groups - ahead(1) - ahead(2);
 }
 
-void count_call(Stats& stats, const Header& header, int64_t groups, int rank, int nranks, Reach reach) {
+int64_t wire_bytes(const Header& header, int64_t groups, int rank, int nranks, Reach reach) {
   const Dtype dtype = Dtype(header.dtype);
-  ++stats.calls;
-  stats.input_bytes += header.numel * element_bytes(dtype);
   const CodecKind codec = CodecKind(header.codec);
-  if (Algorithm(header.algorithm) == Algorithm::native) {  // a library does not say: what a ring takes
-    const int64_t bytes = codec == CodecKind::none ? header.numel * element_bytes(dtype) : groups * kNativeGroupBytes;
-    stats.wire_bytes += 2 * (nranks - 1) * bytes / nranks;
-  } else {
-    stats.wire_bytes += wire_groups(header, groups, rank, nranks, reach) * group_bytes(dtype, codec);
-  }
+  if (Algorithm(header.algorithm) != Algorithm::native)
+    return wire_groups(header, groups, rank, nranks, reach) * group_bytes(dtype, codec);
+  const int64_t bytes = codec == CodecKind::none ? header.numel * element_bytes(dtype) : groups * kNativeGroupBytes;
+  return 2 * (nranks - 1) * bytes / nranks;
+}
+
+void count_call(Stats& stats, const Header& header, int64_t wire_bytes) {
+  ++stats.calls;
+  stats.input_bytes += header.numel * element_bytes(Dtype(header.dtype));
+  stats.wire_bytes += wire_bytes;
 }
 
 }  // namespace dpcomm

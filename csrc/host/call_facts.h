@@ -26,7 +26,10 @@ int parts_of(const Header& header, int nranks);
 // all chunks on the way to the sum, all but two of them on the way back.
 int64_t wire_groups(const Header& header, int64_t groups, int rank, int nranks, Reach reach);
 
+// The same in bytes; of native, what a ring would take: a library does not say.
+int64_t wire_bytes(const Header& header, int64_t groups, int rank, int nranks, Reach reach);
+
 // One more call of this rank.
-void count_call(Stats& stats, const Header& header, int64_t groups, int rank, int nranks, Reach reach);
+void count_call(Stats& stats, const Header& header, int64_t wire_bytes);
 
 }  // namespace dpcomm

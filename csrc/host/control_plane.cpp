@@ -156,7 +156,10 @@ void ControlPlane::suggest(const Failure& failure, uint64_t blamed, const std::s
 }
 
 void ControlPlane::suggest(const ControlFrame& frame) {
-  if (proposed_ || failure() != 0) return;
+  if (failure() != 0) return;
+  const Failure failure = unpack(frame.failure);
+  if (failure.cause == Cause::timeout) timed_out_ |= bit_of(failure.rank), waited_for_ |= frame.blamed;
+  if (proposed_) return;
   proposal_ = frame;
   proposed_ = true;
 }
@@ -167,8 +170,10 @@ void ControlPlane::consider() {
     const int arbiter = std::countr_one(gone_ | silent_);  // at most rank_, whose bit is never set
     if (arbiter != asked_) ask(arbiter);
     const double waited_s = now_s() - asked_at_;
-    const double patience_s = proposal_.blamed & bit_of(arbiter) ? kDecideBlamedS : kDecideS;
-    const bool enough = arbiter == rank_ ? !peers_may_know_more() || waited_s >= kDecideS : waited_s >= patience_s;
+    const double patience_s = arbiter != rank_ || peers_may_know_more() ? kDecideS
+                              : more_may_have_waited()                  ? kGatherS
+                                                                        : 0;
+    const bool enough = waited_s >= patience_s;
     if (!looked) {  // the answer may be here: this process may have been stopped for long
       for (int r = 0; enough && r < nranks_; ++r)
         if (r != rank_) receive(r);
@@ -176,7 +181,7 @@ void ControlPlane::consider() {
       if (enough) continue;
     }
     if (!enough) return;
-    if (arbiter == rank_) return decide(proposal_);
+    if (arbiter == rank_) return decide(verdict());
     silent_ |= bit_of(arbiter);
   }
 }
@@ -190,6 +195,20 @@ void ControlPlane::ask(int arbiter) {
 // Whoever has died may have decided before, and told only some. All who live see the hang-up, and propose something to
 // me, the new arbiter, or have adopted what the dead one decided, and announce that: sockets keep the order.
 bool ControlPlane::peers_may_know_more() const { return died_ != 0 && (others_ & ~(gone_ | silent_ | heard_)) != 0; }
+
+// Of two ranks the one that is blamed did not wait.
+bool ControlPlane::more_may_have_waited() const {
+  const uint64_t silent = (others_ | bit_of(rank_)) & ~gone_ & ~timed_out_;
+  return unpack(proposal_.failure).cause == Cause::timeout && nranks_ > 2 && silent != 0;
+}
+
+// The proposal; of a time-out without those who have waited in vain themselves, unless they wait for each other only.
+ControlFrame ControlPlane::verdict() const {
+  ControlFrame frame = proposal_;
+  const uint64_t late = waited_for_ & ~timed_out_;
+  if (unpack(frame.failure).cause == Cause::timeout && late != 0) frame.blamed = late;
+  return frame;
+}
 
 // Once; whatever comes later is not the first cause.
 void ControlPlane::decide(ControlFrame frame) {

@@ -38,12 +38,13 @@ class ControlPlane {
   // For engines that exchange no headers here: which call of mine is the last.
   void note_call(uint64_t sequence) { sequence_ = sequence; }
 
-  // Any thread, never waits. `blamed`: a bit for each rank that the cause is about: they are given less time to decide
-  // on it. For a time-out they are whom this rank has waited for. Only the first proposal counts.
+  // Any thread, never waits. `blamed`: a bit for each rank that the cause is about; for a time-out, whom this rank has
+  // waited for. Only the first proposal counts, but for time-outs: ranks wait in chains, and whoever has waited in vain
+  // himself is not to blame.
   void propose(Failure failure, uint64_t blamed, const std::string& reason = "");
-  // How long the arbiter has for an answer; and if it is blamed: a late rank that is alive answers at once. In ticks of
-  // the watchdog (100 ms), which come on top.
-  static constexpr double kDecideS = 0.3, kDecideBlamedS = 0.1;
+  // How long the arbiter has for an answer, and how long it hears of other time-outs before it decides on one. In ticks
+  // of the watchdog (100 ms), which come on top.
+  static constexpr double kDecideS = 0.4, kGatherS = 0.12;
 
   // Waits until the first cause is decided. False when there is none after timeout_s, or when the plane is closed.
   bool wait_failed(double timeout_s);
@@ -57,7 +58,7 @@ class ControlPlane {
   // What a rank announced in the call that had this number on rank 0. False if it is not known (any more): the last two
   // exchanges are kept.
   bool header(int rank, uint32_t sequence, Header* header) const;
-  uint64_t last_sequence(int rank) const;  // of the last header seen
+  uint64_t last_sequence(int rank) const;  // of the last header that has come
 
   // Says goodbye (closed[own rank] of the peers becomes 1 + last_sequence) and ends all waits here. Idempotent.
   void close(uint64_t last_sequence);
@@ -92,6 +93,8 @@ class ControlPlane {
   void consider();
   void ask(int arbiter);
   bool peers_may_know_more() const;
+  bool more_may_have_waited() const;
+  ControlFrame verdict() const;
   void decide(ControlFrame frame);
   void send(int rank, const ControlFrame& frame);
 
@@ -128,7 +131,8 @@ class ControlPlane {
   // A bit for each rank. ended: read no more. gone: not asked (ended, or said goodbye). silent: did not answer in time.
   // died: ended without goodbye. heard: has proposed to me. deaf: did not take what was sent.
   uint64_t ended_ = 0, gone_ = 0, silent_ = 0, died_ = 0, heard_ = 0, deaf_ = 0;
-  Round rounds_[2];  // the last two, in turns
+  uint64_t timed_out_ = 0, waited_for_ = 0;  // who has proposed a time-out, and whom they blame
+  Round rounds_[2];                          // the last two, in turns
   uint64_t rounds_begun_ = 0;
   std::vector<uint64_t> last_sequence_;
   int users_ = 0;  // threads inside; the last one to leave a closed plane closes the sockets

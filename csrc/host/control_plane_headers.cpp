@@ -1,6 +1,7 @@
 // The exchange of headers: what a rank says of its call before any payload moves, to all others, and theirs.
 #include <poll.h>
 #include <sched.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <bit>
@@ -144,7 +145,11 @@ bool ControlPlane::header(int rank, uint32_t sequence, Header* header) const {
 
 uint64_t ControlPlane::last_sequence(int rank) const {
   const std::lock_guard lock(mutex_);
-  return last_sequence_[size_t(rank)];
+  const uint64_t seen = last_sequence_[size_t(rank)];
+  Header next{};  // of a call that this rank is not in: it waits in the socket
+  const int socket = closed_ ? -1 : peers_[size_t(rank)].headers.get();
+  const bool waits = socket >= 0 && ::recv(socket, &next, sizeof next, MSG_PEEK | MSG_DONTWAIT) == sizeof next;
+  return waits && next.sequence == seen + 1 ? next.sequence : seen;
 }
 
 }  // namespace dpcomm

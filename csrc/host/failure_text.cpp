@@ -2,6 +2,8 @@
 
 #include <cstdio>
 
+#include "communicators.h"
+
 namespace dpcomm {
 
 namespace {
@@ -111,6 +113,10 @@ std::string FailureText::prefix(Code code, const Call* call) const {
 Error FailureText::unserved(const Call& call) const {
   const char* why = "codec fp16 serves sum and mean of float32, float16 and bfloat16. Use codec none.";
   if (call.codec == CodecKind::bf16) why = "codec bf16 is of algorithm native, of engine nccl. Use codec fp16.";
+  if (call.algorithm == Algorithm::two_level)
+    why =
+        "algorithm two_level is of engine two_level, and of engine nccl where the communicator was made with it, for "
+        "several hosts. Use algorithm auto.";
   if (call.algorithm == Algorithm::native)
     why =
         "algorithm native is the all-reduce of a library: engine nccl has one (codecs none, fp16 and bf16; minima and "
@@ -195,7 +201,10 @@ std::string FailureText::waiting_text(const Failure& f, std::vector<int>* ranks)
     ranks->push_back(r);
     text += "rank " + std::to_string(r) + " (" + process(r);
     if (hosts.empty() || hosts[size_t(r)].empty()) text += ", state " + process_state(pids[size_t(r)]);
-    text += ", last seq " + std::to_string(shown(last_sequence(r))) + ")";
+    text += ", last seq " + std::to_string(shown(last_sequence(r)));
+    const std::string elsewhere =
+        f.rank == rank ? call_elsewhere(*this, pids[size_t(r)], hosts.empty() ? "" : hosts[size_t(r)]) : "";
+    text += (elsewhere.empty() ? "" : "; ") + elsewhere + ")";
   }
   char limit[48];
   std::snprintf(limit, sizeof limit, " for %g s", timeout_s);

@@ -8,25 +8,28 @@
 #include "../host/call_facts.h"
 #include "../host/pattern.h"
 #include "../host/watchdog.h"
+#include "launcher.h"
 #include "on_stream.h"
-#include "step_kernels.h"
 
 namespace dpcomm {
 
 namespace {
 
 constexpr int kFirstEvents = 32;
-constexpr int64_t kLeastSlotBytes = 4096;
 constexpr double kDrainS = 5;  // a call in flight at close
 constexpr double kCloseS = 2;  // NCCL's own farewell
 
-int64_t slot_bytes_for(int nranks, const NcclWish& wish) {
-  const int64_t fits = Scratch::slot_bytes_for(nranks, kCarriedSlots, wish.scratch_bytes);
-  if (fits < kLeastSlotBytes)
+// Two levels take three quarters of the memory: calls of theirs are large, flat ones beside them rare.
+int64_t flat_bytes(const NcclWish& wish, const NcclHosts& hosts) {
+  return hosts.hosts.empty() ? wish.scratch_bytes : wish.scratch_bytes / 4;
+}
+
+int64_t slot_bytes_for(int nranks, const NcclWish& wish, const NcclHosts& hosts) {
+  const int64_t fits = Scratch::slot_bytes_for(nranks, kCarriedSlots, flat_bytes(wish, hosts));
+  if (fits < Scratch::kLeastSlotBytes)
     throw Error(Code::argument, "an arena of " + std::to_string(wish.scratch_bytes) + " bytes is too small for " +
                                     std::to_string(nranks) + " ranks. Raise DPCOMM_ARENA_MB.");
-  const int64_t wished = (wish.slice_bytes + kLeastSlotBytes - 1) / kLeastSlotBytes * kLeastSlotBytes;
-  return wished > 0 ? std::min(fits, wished) : fits;
+  return Scratch::slot_bytes_within(fits, wish.slice_bytes);
 }
 
 void require_usable(int device) {
@@ -37,6 +40,8 @@ void require_usable(int device) {
   for (const void* kernel : {begin_kernel(), end_kernel()}) threads_of(kernel, device);
   for (const void* kernel : kernels_of(step_kernel)) threads_of(kernel, device);
   for (const void* kernel : native_kernels()) threads_of(kernel, device);
+  for (const void* kernel : kernels_of([](Dtype d, CodecKind c, Algorithm) { return inside_kernel(d, c); }))
+    threads_of(kernel, device);
 }
 
 void nap() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
@@ -51,10 +56,14 @@ void park(const std::shared_ptr<NcclMemory>& memory) {
 
 }  // namespace
 
-NcclMemory::NcclMemory(int rank, int nranks, const NcclWish& wish)
-    : slot_bytes(slot_bytes_for(nranks, wish)),
+NcclMemory::NcclMemory(int rank, int nranks, const NcclWish& wish, const NcclHosts& hosts)
+    : slot_bytes(slot_bytes_for(nranks, wish, hosts)),
       native_bytes(Scratch::common_bytes(nranks, kCarriedSlots, slot_bytes)),
       scratch(rank, nranks, kCarriedSlots, slot_bytes),
+      two_level(hosts.hosts.empty()
+                    ? nullptr
+                    : std::make_unique<TwoLevelMemory>(rank, nranks, hosts,
+                                                       wish.scratch_bytes - flat_bytes(wish, hosts), wish.slice_bytes)),
       nonfinite_groups(1) {
   void* p = nullptr;
   check_cuda(cudaHostAlloc(&p, sizeof(CallState), cudaHostAllocPortable), "cudaHostAlloc");
@@ -74,7 +83,7 @@ NcclEngine::NcclEngine(Place p)
       peers_(std::move(p.peers)),
       stream_(p.device),
       events_(kFirstEvents),
-      memory_(std::make_shared<NcclMemory>(p.rank, int(peers_.size()), p.wish)),
+      memory_(std::make_shared<NcclMemory>(p.rank, int(peers_.size()), p.wish, p.hosts)),
       asked_ctas_(p.wish.max_ctas),
       most_ctas_(p.wish.max_ctas > 0 ? p.wish.max_ctas : attribute(cudaDevAttrMultiProcessorCount, p.device)),
       comm_(NcclCommunicator::make(p.library)) {
@@ -127,6 +136,7 @@ void NcclEngine::verify(double timeout_s, const std::string& name, const std::fu
   uncounted_ = sequence_;
   stats(true);
   name_ = name;
+  known_.emplace([this] { return failure_text(); });
 }
 
 void NcclEngine::allreduce(const Call&) {
@@ -135,11 +145,10 @@ void NcclEngine::allreduce(const Call&) {
 
 std::shared_ptr<Pending> NcclEngine::enqueue(const Call& call, uintptr_t stream) {
   refuse_fork();
-  const bool native = call.algorithm == Algorithm::native;
-  if (native ? !adds_up(call) : !served(call)) throw failure_text().unserved(call);
-  if (int64_t(call.counts.size()) > SegmentTables::kMost)
+  if (!serves(call)) throw failure_text().unserved(call);
+  if (int64_t(call.counts.size()) > most_tensors(call))
     throw Error(Code::unsupported, prefix(Code::unsupported, &call) + std::to_string(call.counts.size()) +
-                                       " tensors in one call, and " + std::to_string(SegmentTables::kMost) +
+                                       " tensors in one call, and " + std::to_string(most_tensors(call)) +
                                        " are possible. Lower bucket_cap_mb, or pass fewer at a time.");
   if (failed()) throw cause_error(&call);
   try {
@@ -148,6 +157,16 @@ std::shared_ptr<Pending> NcclEngine::enqueue(const Call& call, uintptr_t stream)
     if (error.code != Code::cuda) throw;
     throw_cuda(error, call, stream);
   }
+}
+
+bool NcclEngine::serves(const Call& call) const {
+  if (call.algorithm == Algorithm::native) return adds_up(call);
+  return call.algorithm == Algorithm::two_level ? serves_two_levels(call) : served(call);
+}
+
+// Shards have tables of their own, which together are hardly longer than the bucket's.
+int64_t NcclEngine::most_tensors(const Call& call) {
+  return call.algorithm == Algorithm::two_level ? SegmentTables::kMost / 2 - kMaxRanks : SegmentTables::kMost;
 }
 
 // `end` is launched however the call goes: it fills the bucket with NaNs where it went wrong. If this throws, whatever
@@ -165,7 +184,7 @@ std::shared_ptr<Pending> NcclEngine::put(const Call& call, cudaStream_t stream) 
   const std::exception_ptr moving = attempt(call, [&] {
     BeginLaunch begin{memory_->state};
     launch(begin_kernel(), 1, &begin);
-    return Algorithm(flight.header.algorithm) == Algorithm::native ? add_natively(flight) : move(flight);
+    return move(flight);
   });
   if (moving) {  // what NCCL's own threads had still to put on a stream comes before the end, too, or not at all
     for (const auto until = after(kCloseS); !comm_->abort_has_returned() && Clock::now() < until;) nap();
@@ -183,7 +202,7 @@ std::shared_ptr<Pending> NcclEngine::put(const Call& call, cudaStream_t stream) 
     std::rethrow_exception(moving ? moving : ending);
   }
   const std::lock_guard stats_lock(stats_mutex_);
-  count_call(stats_, flight.header, flight.table.groups, rank(), nranks(), Reach::network);
+  count_call(stats_, flight.header, flight.wire_bytes);
   return std::make_shared<OnStream>(*this, ended);
 }
 
@@ -205,68 +224,51 @@ NcclEngine::Flight NcclEngine::prepare(const Call& call, bool capturing) {
   BucketTable& table = flight.table;
   table.groups = fill_segments(call, segments_);
   table.count = int64_t(segments_.size());
-  if (table.count <= kInlineSegments)
-    std::copy(segments_.begin(), segments_.end(), table.few);
-  else
-    table.segments = memory_->tables.put(segments_, stream_.get(), capturing, timeout_s_);
   flight.header = header_of(call, table.groups, nranks(), Reach::network);
   if (steps_aside(call)) flight.header.algorithm = uint8_t(Algorithm::native);
+  if (call.algorithm == Algorithm::two_level)
+    cut_shards(flight, segments_);
+  else
+    flight.wire_bytes = wire_bytes(flight.header, table.groups, rank(), nranks(), Reach::network);
+  if (table.count <= kInlineSegments)
+    std::copy_n(segments_.begin(), table.count, table.few);
+  else
+    table.segments = memory_->tables.put(segments_, stream_.get(), capturing, timeout_s_);
   flight.header.sequence = ++sequence_;
   plane_->note_call(sequence_);
   ledger_->post(flight.header);
   return flight;
 }
 
-// Steps as launches: those between two pauses are one.
-class NcclEngine::Launcher final : public Stepper {
- public:
-  Launcher(NcclEngine& engine, const Flight& flight)
-      : engine_(engine),
-        kernel_(step_kernel(Dtype(flight.header.dtype), CodecKind(flight.header.codec),
-                            Algorithm(flight.header.algorithm))),
-        launch_{engine.team_, flight.header, flight.table, {}, 0, false, engine.memory_->nonfinite_groups.data()} {}
-
-  void play(const Step& step, bool in_place) override {
-    const bool to_peers = step.kind == Step::Kind::give || step.kind == Step::Kind::take;
-    PeerSteps* const last = launch_.count > 0 ? &launch_.steps[launch_.count - 1] : nullptr;
-    if (last && to_peers && last->step.kind == step.kind && last->step.slice == step.slice) {
-      last->peers |= bit(step);
-      return;
-    }
-    if (launch_.count == kMostPeerSteps || (last && launch_.in_place != in_place)) pause();
-    launch_.in_place = in_place;
-    launch_.steps[launch_.count++] = {step, to_peers ? bit(step) : 0};
-  }
-  void pause() override {
-    if (launch_.count == 0) return;
-    engine_.launch(kernel_, engine_.ctas_for(launch_), &launch_);
-    launch_.count = 0;
-  }
-
- private:
-  static uint64_t bit(const Step& step) { return uint64_t{1} << step.peer; }
-
-  NcclEngine& engine_;
-  const void* const kernel_;
-  StepLaunch launch_;
-};
+// A part is never longer than the bucket: where one lies on the device, the other does, too.
+BucketTable NcclEngine::table_of(const Flight& flight, const Part& part) const {
+  BucketTable table{part.count, part.groups, nullptr, {}};
+  if (flight.table.segments)
+    table.segments = flight.table.segments + part.first;
+  else
+    std::copy_n(segments_.begin() + part.first, part.count, table.few);
+  return table;
+}
 
 Arrival NcclEngine::move(const Flight& flight) {
+  const Algorithm algorithm = Algorithm(flight.header.algorithm);
+  if (algorithm == Algorithm::native) return add_natively(flight);
+  if (algorithm == Algorithm::two_level) return move_in_two_levels(flight);
   const Bucket bucket{segments_.data(), flight.table.count, flight.table.groups};
   const int64_t bytes = group_bytes(flight.call.dtype, flight.call.codec);
   const CarriedCall call{team_, bucket, flight.header, bytes, timeout_s_};
   const int parts = parts_of(flight.header, nranks());
   carrier_->begin((flight.table.groups + parts - 1) / parts > most_groups(team_.slot_bytes, team_.slice_bytes, bytes));
-  Launcher launcher(*this, flight);
+  Launcher launcher(*this, team_, flight.header, flight.table);
   return play(*carrier_, launcher, call);
 }
 
 int NcclEngine::ctas_for(const StepLaunch& launch) const {
   const Header& header = launch.header;
-  const int parts = parts_of(header, nranks());
+  const int parts = parts_of(header, launch.team.nranks);
   const int64_t chunk = (launch.bucket.groups + parts - 1) / parts;
-  const int64_t slice =
-      most_groups(team_.slot_bytes, team_.slice_bytes, group_bytes(Dtype(header.dtype), CodecKind(header.codec)));
+  const int64_t slice = most_groups(launch.team.slot_bytes, launch.team.slice_bytes,
+                                    group_bytes(Dtype(header.dtype), CodecKind(header.codec)));
   return ctas_of(std::min(chunk, slice), most_ctas_);
 }
 
@@ -286,6 +288,7 @@ void NcclEngine::close() {
   bool idle = idle_within(failed() ? 0 : kDrainS);
   if (!idle) abort("closed while operations were in flight");
   if (closed_.exchange(true)) return;
+  known_.reset();
   // The goodbye promises that all of my calls have been announced.
   for (const auto until = after(kCloseS); !ledger_->all_sent() && Clock::now() < until;) ledger_->poll(), nap();
   plane_->close(sequence_);
@@ -324,6 +327,11 @@ Description NcclEngine::describe() {
   Description d;
   d.engine = "nccl";
   d.arena_bytes = memory_->scratch.bytes();
+  if (const TwoLevelMemory* const two = memory_->two_level.get()) {
+    d.arena_bytes += two->bytes();
+    d.hosts = two->partition().hosts();
+    d.intra_codec = name_of(two->codec_inside());
+  }
   d.slot_bytes = team_.slot_bytes;
   d.slots = team_.slots;
   d.max_ctas = most_ctas_;

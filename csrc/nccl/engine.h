@@ -11,17 +11,19 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "../carried/schedule.h"
 #include "../engine.h"
 #include "../gpu/segment_tables.h"
 #include "../host/call_ledger.h"
+#include "../host/communicators.h"
 #include "../host/control_plane.h"
-#include "../host/failure_text.h"
 #include "../host/origin.h"
 #include "carrier.h"
 #include "launches.h"
 #include "scratch.h"
+#include "two_level_memory.h"
 
 namespace dpcomm {
 
@@ -34,13 +36,14 @@ struct NcclWish {
 
 // What the GPU works in. It outlives the engine where something is still to come on the GPU.
 struct NcclMemory {
-  NcclMemory(int rank, int nranks, const NcclWish& wish);
+  NcclMemory(int rank, int nranks, const NcclWish& wish, const NcclHosts& hosts);
   ~NcclMemory();
   NcclMemory(const NcclMemory&) = delete;
 
   const int64_t slot_bytes, native_bytes;  // of a slot; of codes that NCCL adds up at once, the same on all ranks
   SegmentTables tables;
   Scratch scratch;
+  std::unique_ptr<TwoLevelMemory> two_level;  // null: none
   DeviceArray<uint64_t> nonfinite_groups;
   CallState* state;  // pinned host memory
 };
@@ -57,6 +60,7 @@ class NcclEngine final : public Engine {
     std::vector<Peer> peers;           // by rank, this one included
     std::vector<PeerSockets> sockets;  // by rank, this one's empty
     const nccl::Library& library;
+    NcclHosts hosts = {};
   };
   static std::unique_ptr<NcclEngine> make(Place place);
   ~NcclEngine() override;
@@ -82,24 +86,41 @@ class NcclEngine final : public Engine {
  private:
   class OnStream;
   class Launcher;
+  class InsideHost;
   using Clock = std::chrono::steady_clock;
+  struct Part {  // a table of segments_
+    int64_t first, count, groups;
+  };
   struct Flight {  // one call on its way onto the stream
     const Call& call;
     Header header;
     BucketTable table;
+    int64_t wire_bytes = 0;  // that this rank sends to others; of two levels, to other hosts
+    // Of two levels.
+    Header between = {};
+    Shards shards = {};
+    std::vector<Part> parts = {};  // the shards that this rank owns
   };
 
   explicit NcclEngine(Place place);
   // The context of the GPU does not survive a fork.
   void refuse_fork() const { origin_.refuse_fork("CUDA cannot be used after a fork: use the spawn start method."); }
   std::shared_ptr<Pending> put(const Call& call, cudaStream_t stream);
+  bool serves(const Call& call) const;
+  static int64_t most_tensors(const Call& call);
   std::exception_ptr attempt(const Call& call, const std::function<Arrival()>& part);
   Flight prepare(const Call& call, bool capturing);
+  BucketTable table_of(const Flight& flight, const Part& part) const;
   Arrival move(const Flight& flight);
   static int ctas_of(int64_t groups, int most);  // a warp for each group, if so many fit
   int ctas_for(const StepLaunch& launch) const;
   void launch(const void* kernel, int ctas, void* parameters);
   bool idle_within(double timeout_s);
+
+  // two_level.cpp
+  bool serves_two_levels(const Call& call) const;
+  void cut_shards(Flight& flight, std::vector<Segment>& table) const;
+  Arrival move_in_two_levels(const Flight& flight);
 
   // native.cpp
   static bool adds_up(const Call& call);
@@ -148,13 +169,14 @@ class NcclEngine final : public Engine {
   std::atomic<bool> closed_{false}, failing_{false};
   std::atomic<Clock::time_point> failed_at_{Clock::time_point::max()};
   std::mutex put_mutex_;           // one call is put on the stream at a time
-  std::vector<Segment> segments_;  // of that call; kept for its capacity
+  std::vector<Segment> segments_;  // of that call, and of its shards; kept for its capacity
   // Of the watchdog's thread: what the GPU and NCCL said when they last said something new.
   uint64_t seen_begun_ = 0, seen_ended_ = 0;
   Clock::time_point moved_at_{}, broken_at_ = Clock::time_point::max();
   std::mutex stats_mutex_;
   Stats stats_;
   int64_t nonfinite_before_ = 0;
+  std::optional<KnownCommunicator> known_;  // last: it asks for all of the above
 };
 
 }  // namespace dpcomm

@@ -1,8 +1,10 @@
 // What the kernels of engine nccl are told: plain data, the same for host and device code.
 //
-//   StepLaunch   some steps of one call (core/steps.h) that do not depend on each other
-//   CallState    in host memory that the GPU sees: how far calls have come, and whether they go on
+//   StepLaunch     some steps of one call (core/steps.h) that do not depend on each other
+//   InsideLaunch   the same inside a host, of two levels
+//   CallState      in host memory that the GPU sees: how far calls have come, and whether they go on
 #pragma once
+#include "../core/shards.h"
 #include "../core/steps.h"
 #include "../gpu/launch.h"
 
@@ -35,6 +37,32 @@ struct StepLaunch {
   uint64_t* nonfinite_groups;  // in device memory
 };
 static_assert(sizeof(StepLaunch) <= 4096, "what a kernel may be given by value on every GPU");
+
+// What the ranks of a host do around an all-reduce between hosts (core/local.h), where NCCL carries messages inside it.
+struct InsideMove {
+  enum class Kind : uint8_t { put, add, get };
+  Kind kind;
+  int owner;      // local rank: of what is moved
+  char* message;  // put, get: user memory's, encoded. add: the first of all ranks' of the host, `stride` apart
+};
+
+constexpr int kMostMoves = 32;
+
+// One message of a round. A kernel computes the range of a move itself: given as two numbers, it came out with stores
+// of single elements (docs/performance.md).
+struct InsideLaunch {
+  BucketTable bucket;
+  Shards shards;
+  int64_t slice, number;  // of the round, and of the message
+  int part;
+  int count;  // of the moves
+  InsideMove moves[kMostMoves];
+  int rank, size;  // of the host
+  int64_t stride;  // from one rank's message to the next one's
+  Op op;
+  uint64_t* nonfinite_groups;  // in device memory
+};
+static_assert(sizeof(InsideLaunch) <= 4096);
 
 // The end of a call, in one CTA: waits until all ranks have announced it alike; after a failure it fills the bucket
 // with NaNs, so that nobody takes a gradient that was not reduced for one that was.

@@ -62,7 +62,13 @@ Scratch::Scratch(const Plan& plan, int slots, int64_t slot_bytes)
 int64_t Scratch::slot_bytes_for(int nranks, int slots, int64_t bytes) {
   int64_t lanes = 0;
   for (int r = 0; r < nranks; ++r) lanes = std::max(lanes, plan(r, nranks).lanes);
-  return bytes / (lanes * slots) / kAlign * kAlign;
+  return slot_bytes_within(bytes / (lanes * slots), 0);
+}
+
+int64_t Scratch::slot_bytes_within(int64_t fits, int64_t slice_bytes) {
+  const int64_t most = fits / kLeastSlotBytes * kLeastSlotBytes;
+  const int64_t wished = (slice_bytes + kLeastSlotBytes - 1) / kLeastSlotBytes * kLeastSlotBytes;
+  return wished > 0 ? std::min(most, wished) : most;
 }
 
 int64_t Scratch::common_bytes(int nranks, int slots, int64_t slot_bytes) {

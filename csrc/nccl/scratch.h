@@ -12,7 +12,7 @@ namespace dpcomm {
 // interleaved, each where the lanes that it needs are still free. No mailbox of them exists: steps read none.
 class Scratch {
  public:
-  // slot_bytes: a multiple of 4096. Zero at first.
+  // slot_bytes: a multiple of kLeastSlotBytes. Zero at first.
   Scratch(int rank, int nranks, int slots, int64_t slot_bytes);
 
   Mailbox* const* box() const { return box_.data(); }  // in device memory
@@ -20,8 +20,12 @@ class Scratch {
   // All slots as one; see common_bytes().
   char* all() const { return reinterpret_cast<char*>((uintptr_t(memory_.data()) + kAlign - 1) / kAlign * kAlign); }
 
+  static constexpr int64_t kLeastSlotBytes = 4096;  // and what slots are a multiple of
+
   // The largest slots for which that much is enough, on all ranks alike; 0: none.
   static int64_t slot_bytes_for(int nranks, int slots, int64_t bytes);
+  // Slots for slices of so many bytes, no larger than what fits; 0: as large as that.
+  static int64_t slot_bytes_within(int64_t fits, int64_t slice_bytes);
   // What every rank's slots hold together, if they are used as one: ranks differ in how many they have.
   static int64_t common_bytes(int nranks, int slots, int64_t slot_bytes);
 

@@ -1,5 +1,6 @@
 // What the kernels of engine nccl do, with the lanes that play them: threads of a GPU, or in tests host lanes.
 #pragma once
+#include "../core/local.h"
 #include "launches.h"
 
 namespace dpcomm {
@@ -28,6 +29,29 @@ DPCOMM_HD void run_steps(Lanes& lanes, const StepLaunch& launch) {
     if constexpr (algorithm == Algorithm::oneshot) oneshot_step<Codec>(lanes, launch.team, bucket, launch.header, step);
     if constexpr (algorithm == Algorithm::ring) ring_step<Codec>(lanes, launch.team, bucket, launch.header, step);
   });
+}
+
+template <class Codec, class Lanes>
+DPCOMM_HD void run_inside(Lanes& lanes, const InsideLaunch& launch) {
+  const Bucket bucket = bucket_of(launch.bucket);
+  Team team{};
+  team.rank = launch.rank, team.nranks = launch.size;
+  for (int i = 0; i < launch.count; ++i) {
+    const InsideMove& move = launch.moves[i];
+    const Range range = launch.shards.range(move.owner, launch.slice, launch.part, launch.number);
+    const auto in = [&](int r) { return Message<Codec>{move.message + r * launch.stride, range.groups}; };
+    switch (move.kind) {
+      case InsideMove::Kind::put:
+        put<Codec>(lanes, bucket, range, in(0));
+        break;
+      case InsideMove::Kind::add:
+        add_here<Codec>(lanes, team, bucket, launch.op, range, in);
+        break;
+      case InsideMove::Kind::get:
+        get<Codec>(lanes, bucket, range, in(0));
+        break;
+    }
+  }
 }
 
 // By one lane.

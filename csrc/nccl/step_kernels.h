@@ -8,7 +8,10 @@ namespace dpcomm {
 // Takes one StepLaunch by value, with any number of CTAs. Null where the codec does not serve the dtype.
 const void* step_kernel(Dtype dtype, CodecKind codec, Algorithm algorithm);
 
-// Its parts: a translation unit each, so that they compile at the same time.
+// Takes one InsideLaunch, likewise.
+const void* inside_kernel(Dtype dtype, CodecKind codec);
+
+// Parts of step_kernel: a translation unit each, so that they compile at the same time.
 const void* step_kernel_float(Dtype dtype, Algorithm algorithm);
 const void* step_kernel_half(Dtype dtype, Algorithm algorithm);
 const void* step_kernel_whole(Dtype dtype, Algorithm algorithm);

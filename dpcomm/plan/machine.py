@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import math
 
-from dpcomm.plan.counts import SLICES, traffic
+from dpcomm.plan.counts import SLICES
 from dpcomm.plan.gpu import (
-    CTA,
     FP16,
     HOPPER,
     KERNEL_US,
     NETWORK_FIXED,
     NVLINK_FIXED,
-    P2P_CTAS,
-    P2P_US,
     PCIE_FIXED,
     Bar,
     Coding,
+    Launches,
     Machine,
     enqueue_us,
     launches_of,
@@ -93,22 +91,24 @@ def stock_fixed_us(hosts: int, gpus: int, fast: bool) -> Bar:
 
 
 def two_level_us(m: Machine, size: float, case: int, coding: Coding = FP16) -> float:
-    """Reduce-scatter inside by engine p2p, without a codec; all-reduce of the shards between hosts by engine nccl,
-    direct, with the codec; all-gather inside. Kernels of one slice run while another is on the cards, in SLICES slices.
+    """Reduce-scatter inside hosts without a codec; all-reduce of the shards between them, direct, with the codec;
+    all-gather inside. All of it travels by engine nccl, one exchange behind the other; kernels of one slice run while
+    another is on its way, in SLICES slices.
 
     Returns:
         Microseconds.
     """
     g, hosts = m.gpus, m.hosts
-    speed = min(P2P_CTAS * CTA[case], m.memory[case])
-    inside = 0.0
-    if g > 1:
-        moved = traffic("direct", "none", g, size, size, False).total / g
-        inside = max(us(moved, speed), us(2 * size * (g - 1) / g, m.peers[case]))
+    inside = us(2 * size * (g - 1) / g, m.peers[case]) if g > 1 else 0.0
+    adding = us(size * (1 + 1 / g), m.memory[case]) if g > 1 else 0.0  # what g ranks have of a shard, into memory
     groups = math.ceil(size / g / hosts / coding.plain)  # of one chunk of a shard
     steps = us(sum(passes(hosts, groups, coding)), m.memory[case])
     wire = us(2 * g * (hosts - 1) * groups * coding.coded, m.nics * m.nic[case])
-    device = inside + steps
-    launches = launches_of("direct", hosts, SLICES)
-    fixed = 2 * P2P_US[case] * (g > 1) + 2 * m.group_us[case] + 5 * m.kernel_us[case]
-    return max(fixed + max(device, wire) + min(device, wire) / SLICES, enqueue_us(launches, case))
+    device, travel = adding + steps, inside + wire
+    between = launches_of("direct", hosts, SLICES)
+    within = SLICES * 2 * hosts * (g > 1)  # each host's part of a slice is gathered, and spread
+    launches = Launches(
+        between.kernels + SLICES * hosts * (g > 1), between.groups + within, between.transfers + within * 2 * (g - 1)
+    )
+    fixed = (2 + 2 * (g > 1)) * m.group_us[case] + (5 + (g > 1)) * m.kernel_us[case]
+    return max(fixed + max(device, travel) + min(device, travel) / SLICES, enqueue_us(launches, case))

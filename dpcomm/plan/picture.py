@@ -55,10 +55,9 @@ def draw(q: Question, png_file: Path) -> None:
     colors: dict[tuple[str, str], str] = {}
     for (engine, algorithm, codec), points in lines(q).items():
         color = colors.setdefault((engine, algorithm), f"C{len(colors)}")
-        note = " (not built yet)" if algorithm == "two_level" else ""
         xs, rows = [nranks for nranks, _ in points], [row for _, row in points]
         style = "--" if codec == "none" else "o-"
-        label = f"{engine} {algorithm} {codec}{note}"
+        label = f"{engine} {algorithm} {codec}"
         width = max(1.0, 4.5 - int(color[1:]))  # wide ones lie below, and show where two agree
         panel.plot(xs, [row.seconds for row in rows], style, color=color, label=label, markersize=4, linewidth=width)
         panel.fill_between(xs, [row.best_s for row in rows], [row.worst_s for row in rows], color=color, alpha=0.08)

@@ -15,7 +15,7 @@ from dpcomm.plan import machine as machines
 from dpcomm.plan.counts import Load, Place
 from dpcomm.plan.question import Question, check
 
-NOT_BUILT = ("two_level",)  # algorithms that are predicted before they exist
+NOT_BUILT: tuple[str, ...] = ()  # algorithms that are predicted before they exist
 WORTH = 0.9  # of the time without a codec: one that saves less than a tenth is not worth its roundings
 LEAST_SPEED, MOST_SPEED = 1e5, 1e13  # bytes per second, between which a break-even is looked for
 HOOK = "torch's fp16_compress_hook, not dpcomm"
@@ -98,7 +98,8 @@ def contestants(q: Question) -> list[tuple[str, str, str]]:
     for engine in [network] + [local] * (q.hosts == 1):
         found += [(engine, algorithm, codec) for algorithm in own for codec in codecs if codec != "bf16"]
     if q.hosts > 1 and q.ranks_per_host > 1:
-        found += [(f"{local}+{network}", "two_level", codec) for codec in codecs if codec != "bf16"]
+        engine = "shm+gloo" if q.device == "cpu" else "nccl"
+        found += [(engine, "two_level", codec) for codec in codecs if codec != "bf16"]
     return found
 
 
@@ -125,8 +126,10 @@ def auto(q: Question, engine: str, algorithm: str, codec: str) -> bool:
     """True where algorithm "auto" of this engine is this one, for the first and largest call."""
     if engine == "nccl" and codec == "none":
         return algorithm == "native"
-    if codec == "bf16" or algorithm in NOT_BUILT:
+    if codec == "bf16" or why_not(engine, algorithm, codec, q.dtype):
         return False
+    if algorithm == "two_level":
+        return engine != "nccl" and q.dtype == "float32"  # of 16 bits host sums would be rounded once more
     load = Load(q.calls[0][1], q.dtype, codec)
     return counts.auto(load, q.nranks, engine in ("gloo", "nccl")) == algorithm
 

@@ -12,6 +12,7 @@
 
 #include "control_plane_group.h"
 #include "cpu/carried_engine.h"
+#include "host/arena.h"
 #include "thread_carrier.h"
 #include "thread_ranks.h"
 
@@ -24,18 +25,51 @@ constexpr int64_t kScratch = 64LL << 20;  // most of it is never touched
 struct Shape {
   int ranks;
   double timeout_s = patience_s;
-  int64_t slice_bytes = 1;  // the smallest slots: many slices, and slots are used again
-  uint64_t unwatched = 0;   // a bit for each rank whose carrier nobody else aborts
-  int spoiled = -1;         // whose messages are wrong from the start
+  int64_t slice_bytes = 1;                   // the smallest slots: many slices, and slots are used again
+  uint64_t unwatched = 0;                    // a bit for each rank whose carrier nobody else aborts
+  int spoiled = -1;                          // whose messages are wrong from the start
+  std::vector<std::vector<int>> hosts = {};  // of algorithm two_level; none: without it
+  bool fp16_inside = false;
 };
+
+// The smallest messages inside a host: many a round, and slots are used again.
+constexpr int64_t kInside = 256LL << 10, kInsideSlice = 4096;
+
+using Memory = std::shared_ptr<std::vector<Arena>>;
+
+inline Geometry geometry_inside(int ranks) { return geometry(ranks, Wish{kInside, 1, false, true, 4, kInsideSlice}); }
+
+// What each host's ranks share, by rank.
+inline std::vector<Memory> memory_of(const Shape& shape) {
+  std::vector<Memory> by_rank(size_t(shape.ranks));
+  for (const std::vector<int>& ranks : shape.hosts) {
+    const Memory memory = std::make_shared<std::vector<Arena>>();
+    for (const int r : ranks) {
+      memory->push_back(Arena::anonymous(size_t(geometry_inside(int(ranks.size())).arena_bytes)));
+      by_rank[size_t(r)] = memory;
+    }
+  }
+  return by_rank;
+}
+
+inline std::unique_ptr<HostMemory> share(const Shape& shape, const Memory& memory) {
+  if (!memory) return nullptr;
+  const CodecKind codec = shape.fp16_inside ? CodecKind::fp16 : CodecKind::none;
+  auto made =
+      std::make_unique<HostMemory>(HostMemory{shape.hosts, codec, geometry_inside(int(memory->size())), {}, memory});
+  for (const Arena& arena : *memory) made->arenas.push_back(arena.data());
+  return made;
+}
 
 class Rank {
  public:
-  Rank(const Shape& shape, int rank, Board& board, std::vector<PeerSockets> sockets, std::latch& ready) {
+  Rank(const Shape& shape, int rank, Board& board, std::vector<PeerSockets> sockets, const Memory& memory,
+       std::latch& ready) {
     for (const PeerSockets& s : sockets) descriptors_.push_back({::dup(s.control.get()), ::dup(s.headers.get())});
-    auto made = std::make_unique<CarriedEngine>(
-        rank, CarriedWish{kScratch, shape.slice_bytes}, std::vector<CarriedPeer>(size_t(shape.ranks), {getpid(), ""}),
-        std::make_unique<ControlPlane>(rank, std::move(sockets)), board.carrier(rank), isa("portable"), "threads");
+    auto made = std::make_unique<CarriedEngine>(rank, CarriedWish{kScratch, shape.slice_bytes},
+                                                std::vector<CarriedPeer>(size_t(shape.ranks), {getpid(), ""}),
+                                                std::make_unique<ControlPlane>(rank, std::move(sockets)),
+                                                board.carrier(rank), isa("portable"), "threads", share(shape, memory));
     CarriedEngine& engine = *made;
     queue = std::make_unique<Queue>(std::move(made));
     if ((shape.unwatched >> rank & 1) == 0)
@@ -76,9 +110,10 @@ struct Group {
   explicit Group(const Shape& s) : shape(s), board(s.ranks) {
     if (shape.spoiled >= 0) board.spoil(shape.spoiled);
     planes::Mesh mesh = planes::mesh_of(shape.ranks);
+    const std::vector<Memory> memory = memory_of(shape);
     std::latch ready(shape.ranks);
     for (int r = 0; r < shape.ranks; ++r)
-      ranks.push_back(std::make_unique<Rank>(shape, r, board, std::move(mesh[size_t(r)]), ready));
+      ranks.push_back(std::make_unique<Rank>(shape, r, board, std::move(mesh[size_t(r)]), memory[size_t(r)], ready));
     ready.wait();
     for (const auto& rank : ranks)
       if (shape.spoiled < 0 && !CHECK(!rank->unverified)) std::fprintf(stderr, "  %s\n", rank->unverified->what());

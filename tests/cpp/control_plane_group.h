@@ -9,21 +9,16 @@
 #include <unistd.h>
 
 #include <cstring>
-#include <filesystem>
 #include <utility>
 
 #include "../../csrc/host/control_plane.h"
+#include "descriptors.h"
 #include "thread_ranks.h"
 
 namespace planes {
 
 using namespace thread_ranks;
 using Kind = ControlFrame::Kind;
-
-inline int open_descriptors() {
-  const std::filesystem::directory_iterator begin("/proc/self/fd"), end;
-  return int(std::distance(begin, end));
-}
 
 inline std::pair<int, int> tcp_pair() {
   const int listener = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);

@@ -119,18 +119,19 @@ class Groups {
   using A = Arithmetic<Stored>;
   using Group = std::vector<typename A::Acc>;
 
-  // in[r]: one group as rank r has it, of n elements.
-  Groups(std::vector<const Stored*> in, int64_t n, Op op, bool fp16)
-      : in_(std::move(in)), n_(n), op_(op), fp16_(fp16) {}
+  // in[r]: one group as rank r has it, of n elements. divisor: of a mean.
+  Groups(std::vector<const Stored*> in, int64_t n, Op op, bool fp16, size_t divisor)
+      : in_(std::move(in)), n_(n), op_(op), fp16_(fp16), divisor_(divisor) {}
 
   // Contributions travel through fp16, are added in rank order, divided, and the result travels.
   std::vector<Stored> rank_order() const {
-    Group total = contribution(0);
-    for (size_t r = 1; r < in_.size(); ++r) add(total, contribution(r));
+    Group total = sum();
     finish(total);
     if (fp16_) travel<Stored>(total, true);
     return stored(total);
   }
+  // What a host has before hosts exchange it.
+  std::vector<Stored> of_host() const { return stored(sum()); }
   // The sum starts at rank `first` and travels from each rank to the next.
   std::vector<Stored> ring(size_t first) const {
     if (in_.size() == 1) return stored(widened(0));
@@ -150,6 +151,11 @@ class Groups {
     for (int64_t i = 0; i < n_; ++i) v.push_back(A::widen(in_[rank][i]));
     return v;
   }
+  Group sum() const {
+    Group total = contribution(0);
+    for (size_t r = 1; r < in_.size(); ++r) add(total, contribution(r));
+    return total;
+  }
   Group contribution(size_t rank) const {
     Group v = widened(rank);
     if (fp16_) travel<Stored>(v, true);
@@ -161,7 +167,7 @@ class Groups {
   void finish(Group& total) const {
     if constexpr (!std::is_integral_v<Stored>)
       if (op_ == Op::mean)
-        for (auto& v : total) v /= static_cast<typename A::Acc>(in_.size());
+        for (auto& v : total) v /= static_cast<typename A::Acc>(divisor_);
   }
   static std::vector<Stored> stored(const Group& group) {
     std::vector<Stored> out;
@@ -173,6 +179,24 @@ class Groups {
   const int64_t n_;
   const Op op_;
   const bool fp16_;
+  const size_t divisor_;
 };
+
+// Class two_level: the sum of each host, then rank order between hosts. `inside`: whether fp16 is what goes inside
+// them.
+template <class Stored>
+std::vector<Stored> two_level(const std::vector<const Stored*>& in, const std::vector<std::vector<int>>& hosts,
+                              int64_t n, Op op, bool fp16, bool inside) {
+  std::vector<std::vector<Stored>> sums;
+  std::vector<const Stored*> between;
+  for (const std::vector<int>& ranks : hosts) {
+    std::vector<const Stored*> of_host;
+    for (const int r : ranks) of_host.push_back(in[size_t(r)]);
+    sums.push_back(Groups<Stored>(of_host, n, op, inside, 1).of_host());
+  }
+  for (const auto& sum : sums) between.push_back(sum.data());
+  const std::vector<Stored> y = Groups<Stored>(between, n, op, fp16, in.size()).rank_order();
+  return inside ? Groups<Stored>({y.data()}, n, Op::sum, true, 1).of_host() : y;
+}
 
 }  // namespace expected

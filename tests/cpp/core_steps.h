@@ -117,6 +117,8 @@ class Step {
   const Dtype dtype;
   const Op op;
   const Layout layout;
+  std::vector<std::vector<int>> hosts;            // of algorithm two_level
+  bool fp16_inside = false, fp16_between = true;  // of a call with codec fp16
   std::vector<Buffer> memory, input;
 
  private:
@@ -140,8 +142,12 @@ class Step {
       std::vector<const Stored*> in;
       for (const Buffer& b : input) in.push_back(reinterpret_cast<const Stored*>(&b[size_t(offsets_[s])]) + g * kGroup);
       const int64_t n = std::min<int64_t>(kGroup, layout[s] - g * kGroup);
-      const expected::Groups<Stored> group(std::move(in), n, op, codec == CodecKind::fp16);
-      const auto y = algorithm == Algorithm::ring ? group.ring(size_t((before + g) / chunk)) : group.rank_order();
+      const bool fp16 = codec == CodecKind::fp16;
+      const expected::Groups<Stored> group(in, n, op, fp16, input.size());
+      const auto y = algorithm == Algorithm::ring ? group.ring(size_t((before + g) / chunk))
+                     : algorithm == Algorithm::two_level
+                         ? expected::two_level<Stored>(in, hosts, n, op, fp16 && fp16_between, fp16 && fp16_inside)
+                         : group.rank_order();
       out.insert(out.end(), y.begin(), y.end());
     }
     return raw(out);
@@ -171,12 +177,14 @@ struct Kind {
 // Every layout with every kind and algorithm, shuffled so that everything follows everything. every: only each
 // every-th.
 inline std::vector<Step> shuffled(const std::vector<Layout>& layouts, const std::vector<Kind>& kinds, int ranks,
-                                  int every, uint32_t seed) {
+                                  int every, uint32_t seed,
+                                  const std::vector<Algorithm>& algorithms = {Algorithm::direct, Algorithm::oneshot,
+                                                                              Algorithm::ring}) {
   std::vector<Step> all;
   uint32_t i = seed;
   for (const Layout& layout : layouts)
     for (const Kind& kind : kinds)
-      for (const Algorithm algorithm : {Algorithm::direct, Algorithm::oneshot, Algorithm::ring}) {
+      for (const Algorithm algorithm : algorithms) {
         if (++i % uint32_t(every) != 0) continue;
         Op op = Op(i / uint32_t(every) % (kind.codec == CodecKind::fp16 ? 2 : 4));
         const bool whole = kind.dtype == Dtype::int32 || kind.dtype == Dtype::int64;

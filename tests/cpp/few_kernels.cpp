@@ -5,6 +5,7 @@
 #include "core/codec_fp16.h"
 #include "core/codec_none.h"
 #include "cpu/lanes.h"
+#include "cpu/local_rounds.h"
 
 namespace dpcomm {
 
@@ -20,6 +21,13 @@ template <class Codec, bool in_place>
 void play_step(const StepCall& call) {
   StepLanes<in_place> lanes{call.tally};
   all_reduce_step<Codec>(lanes, call.team, call.bucket, call.header, call.step);
+}
+
+template <class Codec>
+bool play_local(const LocalCall& call) {
+  HostLanes lanes{call.call};
+  return local_round<Codec>(lanes, call.call.team, call.call.bucket, Op(call.call.header.op), call.shards, call.turn,
+                            call.slice, call.part);
 }
 
 template <class Codec>
@@ -42,14 +50,23 @@ void run_step(const StepCall& call) {
   if (Dtype(call.header.dtype) == Dtype::int32) return play_plain_step<None<Int32>>(call);
   std::abort();
 }
+bool run_local(const LocalCall& call) {
+  const Header& header = call.call.header;
+  if (CodecKind(header.codec) == CodecKind::fp16) return play_local<Fp16<Float32>>(call);
+  if (Dtype(header.dtype) == Dtype::float32) return play_local<None<Float32>>(call);
+  if (Dtype(header.dtype) == Dtype::int32) return play_local<None<Int32>>(call);
+  std::abort();
+}
 }  // namespace portable
 namespace avx2 {
 bool run(const KernelCall&) { std::abort(); }
 void run_step(const StepCall&) { std::abort(); }
+bool run_local(const LocalCall&) { std::abort(); }
 }  // namespace avx2
 namespace avx512 {
 bool run(const KernelCall&) { std::abort(); }
 void run_step(const StepCall&) { std::abort(); }
+bool run_local(const LocalCall&) { std::abort(); }
 }  // namespace avx512
 
 }  // namespace dpcomm

@@ -50,7 +50,9 @@ struct Shape {
   int64_t slice_bytes = 4096;  // the smallest slots: many slices, and slots are used again
   int devices = 2;
   double connect_s = kLongS;
-  int absent = -1;  // who does not connect
+  int absent = -1;       // who does not connect
+  NcclHosts hosts = {};  // of algorithm two_level; none: without it
+  int elsewhere = -1;    // who is told that hosts come in another order
 };
 
 constexpr int kStreamsAtOnce = 2 * 8;  // eight ranks', which have two each; those of tests are destroyed
@@ -67,8 +69,9 @@ class Group {
     in_threads(shape.ranks, [&](int r) {
       for (const PeerSockets& s : mesh[size_t(r)])
         descriptors_[size_t(r)].push_back({::dup(s.control.get()), ::dup(s.headers.get())});
-      NcclEngine::Place place{r,        device_of(r), {64 * kMiB, shape.slice_bytes}, {}, std::move(mesh[size_t(r)]),
-                              library()};
+      NcclEngine::Place place{r,         device_of(r), {64 * kMiB, shape.slice_bytes}, {}, std::move(mesh[size_t(r)]),
+                              library(), shape.hosts};
+      if (r == shape.elsewhere) std::reverse(place.hosts.hosts.begin(), place.hosts.hosts.end());
       place.peers.assign(size_t(shape.ranks), {getpid(), ""});
       auto engine = NcclEngine::make(std::move(place));
       engines[size_t(r)] = engine.get();
@@ -131,6 +134,39 @@ inline bool usable(Group& group) {
     for (const auto& d : data) all = d->all(sum) && all;
   }
   return all;
+}
+
+using Round = steps::Step;  // one call of all ranks
+
+inline std::vector<Adopted> adopt(std::vector<Round>& steps, const Group& group) {
+  std::vector<Adopted> all;
+  for (Round& step : steps)
+    for (size_t r = 0; r < step.memory.size(); ++r)
+      all.emplace_back(step.memory[r].data(), step.memory[r].size(), group.device_of(int(r)));
+  return all;
+}
+
+// All calls are on their way before the first result is looked at.
+inline void play(Group& group, std::vector<Round>& steps, const char* what) {
+  const auto adopted = adopt(steps, group);
+  const auto streams = streams_of(group.ranks);
+  group.all([&](int r) {
+    try {
+      for (Round& step : steps) run_on(group.queue(r), call_of(step, r), streams[size_t(r)]);
+      CHECK(streams[size_t(r)].done());
+      group.engine(r).check();
+    } catch (const Error& error) {
+      CHECK(!"calls succeed");
+      std::fprintf(stderr, "  %s\n", error.what());
+    }
+  });
+  for (const Round& step : steps)
+    for (size_t r = 0; r < step.memory.size(); ++r)
+      if (!CHECK(step.memory[r] == step.result(int(r)))) {
+        std::fprintf(stderr, "  %s, rank %zu/%zu: algorithm %d codec %d dtype %d op %d\n", what, r, step.memory.size(),
+                     int(step.algorithm), int(step.codec), int(step.dtype), int(step.op));
+        return;
+      }
 }
 
 inline bool failed(const Group& group, int r) {

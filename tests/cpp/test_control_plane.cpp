@@ -146,6 +146,6 @@ int main() {
     if (Checks::failed != failed) std::fprintf(stderr, "^ %s\n", name);
     if (seconds_since(start) > 1) std::printf("%-64s %.1f s\n", name, seconds_since(start));
   }
-  CHECK(open_descriptors() == before);
+  CHECK(descriptors_settle_at(before));
   return finish();
 }

@@ -1,6 +1,7 @@
 // ./test_core [lanes] [every]   The core on racing ranks, and its arithmetic without any. lanes: threads a rank has (0:
 // one, two and three in turn). every: plays only each every-th call of the list (sanitizers are slow).
 // A stop after 150 s ends whatever hangs.
+#include "core_local.h"
 #include "core_steps.h"
 
 using namespace steps;
@@ -276,5 +277,7 @@ int main(int argc, char** argv) {
   test_a_mismatch_is_seen_by_all_before_memory_is_written(lanes);
   test_lanes_that_share_a_group_agree_on_its_exponent(every);
   test_every_rank_has_the_bits_of_the_reference(lanes, every);
+  test_each_group_is_in_one_message_of_one_owner();
+  test_what_is_gathered_and_spread_is_the_sum_of_the_host(lanes, every);
   return finish();
 }

@@ -29,43 +29,11 @@ const std::vector<Layout> kLayouts = {{0},
                                       {1, 1, 1},
                                       {256, 0, 511, 64},
                                       {4096, 2560, 255, 8192, 257, 12288}};
-using Round = steps::Step;  // one call of all ranks
 const std::vector<steps::Kind> kCodings = {
     {CodecKind::none, Dtype::float32}, {CodecKind::none, Dtype::int32}, {CodecKind::fp16, Dtype::float32}};
 
 std::vector<Round> script(int ranks, int every, uint32_t seed) {
   return steps::shuffled(kLayouts, kCodings, ranks, every, seed);
-}
-
-std::vector<Adopted> adopt(std::vector<Round>& steps, const Group& group) {
-  std::vector<Adopted> all;
-  for (Round& step : steps)
-    for (size_t r = 0; r < step.memory.size(); ++r)
-      all.emplace_back(step.memory[r].data(), step.memory[r].size(), group.device_of(int(r)));
-  return all;
-}
-
-// All calls are on their way before the first result is looked at.
-void play(Group& group, std::vector<Round>& steps, const char* what) {
-  const auto adopted = adopt(steps, group);
-  const auto streams = streams_of(group.ranks);
-  group.all([&](int r) {
-    try {
-      for (Round& step : steps) run_on(group.queue(r), call_of(step, r), streams[size_t(r)]);
-      CHECK(streams[size_t(r)].done());
-      group.engine(r).check();
-    } catch (const Error& error) {
-      CHECK(!"calls succeed");
-      std::fprintf(stderr, "  %s\n", error.what());
-    }
-  });
-  for (const Round& step : steps)
-    for (size_t r = 0; r < step.memory.size(); ++r)
-      if (!CHECK(step.memory[r] == step.result(int(r)))) {
-        std::fprintf(stderr, "  %s, rank %zu/%zu: algorithm %d codec %d dtype %d op %d\n", what, r, step.memory.size(),
-                     int(step.algorithm), int(step.codec), int(step.dtype), int(step.op));
-        return;
-      }
 }
 
 void test_every_rank_has_the_bits_of_the_reference(int every) {

@@ -69,15 +69,17 @@ class Board {
     std::condition_variable changed;
     std::map<int64_t, int> missing;  // ticket -> transfers that are not done
     std::vector<Held> held;
-    int64_t next = 0, waited = 0, sent_bytes = 0;
+    int64_t next = 0, sent_bytes = 0;
+    std::map<int, int64_t> to, from;  // messages by peer
     bool aborted = false, closed = false, lost = false, cut = false, spoiled = false;
     std::thread::id user;
   };
-  using Key = std::tuple<int, int, int64_t>;  // from, to, ticket
+  using Key = std::tuple<int, int, int64_t>;  // from, to, the how manyth message
   struct Message {
     const char* from = nullptr;
     char* to = nullptr;
     int64_t sent = 0, wanted = 0;
+    int64_t send = -1, receive = -1;  // the tickets of both sides
     bool copied = false;
     std::vector<char> copy;  // on the wire
   };
@@ -137,22 +139,25 @@ inline int64_t Board::exchange(int rank, const std::vector<Transfer>& sends, con
   demand(side.user == std::this_thread::get_id(), "exchanges come from one thread", rank);
   demand(!side.closed, "no exchange after close()", rank);
   const int64_t ticket = side.next++;
-  if (side.aborted) return ticket;
+  if (side.aborted) {
+    side.missing[ticket] = 0;
+    return ticket;
+  }
   hold(rank, sends, true, ticket);
   hold(rank, receives, false, ticket);
   side.missing[ticket] = int(sends.size() + receives.size());
   for (const Transfer& t : sends) {
-    const Key key{rank, t.peer, ticket};
+    const Key key{rank, t.peer, side.to[t.peer]++};
     Message& m = messages_[key];
-    m.from = t.data, m.sent = t.bytes;
+    m.from = t.data, m.sent = t.bytes, m.send = ticket;
     side.sent_bytes += t.bytes;
     post(key);
   }
   for (const Transfer& t : receives) {
     std::memset(t.data, int(0x80 | random_() % 128), size_t(t.bytes));
-    const Key key{t.peer, rank, ticket};
+    const Key key{t.peer, rank, side.from[t.peer]++};
     Message& m = messages_[key];
-    m.to = t.data, m.wanted = t.bytes;
+    m.to = t.data, m.wanted = t.bytes, m.receive = ticket;
     post(key);
   }
   return ticket;
@@ -190,7 +195,7 @@ inline void Board::done(int rank, int64_t ticket) {
 
 // Takes a message one step further: from its sender, to its receiver, or both.
 inline void Board::move(const Key& key) {
-  const auto [from, to, ticket] = key;
+  const auto [from, to, number] = key;
   const auto found = messages_.find(key);
   if (found == messages_.end()) return;
   Message& m = found->second;
@@ -200,11 +205,11 @@ inline void Board::move(const Key& key) {
     if (sender.spoiled) m.copy[size_t(m.sent) / 2] ^= 1;
     m.copied = true;
     m.from = nullptr;
-    done(from, ticket);
+    done(from, m.send);
   }
   if (sender.lost || !m.copied || !m.to) return;
   std::memcpy(m.to, m.copy.data(), m.copy.size());
-  done(to, ticket);
+  done(to, m.receive);
   messages_.erase(found);
 }
 
@@ -231,15 +236,14 @@ inline Arrival Board::wait(int rank, int64_t ticket, double timeout_s) {
   std::unique_lock lock(mutex_);
   Side& side = sides_[size_t(rank)];
   demand(side.user == std::this_thread::get_id(), "the thread that exchanges waits", rank);
-  demand(ticket == side.waited++ && ticket < side.next, "tickets are waited for once each, in order", rank);
+  demand(side.missing.count(ticket) == 1, "tickets are waited for once each", rank);
   const auto ended = [&] { return side.aborted || side.cut || side.missing[ticket] == 0; };
   const bool in_time = side.changed.wait_for(lock, std::chrono::duration<double>(timeout_s), ended);
   if (side.aborted) return {Arrival::Kind::broken, -1, "the carrier has been aborted"};
   if (side.cut) return {Arrival::Kind::broken, -1, "the cable is cut"};
   if (!in_time) {
     for (const auto& [key, m] : messages_)
-      if (std::get<1>(key) == rank && std::get<2>(key) == ticket && m.to)
-        return {Arrival::Kind::late, std::get<0>(key), ""};
+      if (std::get<1>(key) == rank && m.receive == ticket && m.to) return {Arrival::Kind::late, std::get<0>(key), ""};
     return {Arrival::Kind::late, -1, ""};
   }
   std::erase_if(side.held, [&](const Held& h) { return h.ticket == ticket; });

@@ -55,6 +55,7 @@ const void* kernel_of(Algorithm algorithm) {
       return kernel<Codec, Algorithm::ring>();
     case Algorithm::automatic:
     case Algorithm::native:
+    case Algorithm::two_level:
       return nullptr;
   }
   return nullptr;
