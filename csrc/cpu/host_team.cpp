@@ -6,6 +6,13 @@
 #include "local_rounds.h"
 
 namespace dpcomm {
+namespace {
+
+// Before a nap; fewer than between ranks that only share memory (wait.h): a peer often waits for the line itself, and
+// the threads that move its bytes want these processors (docs/performance.md).
+constexpr int kYieldsInside = 20;
+
+}  // namespace
 
 HostTeam::HostTeam(int rank, HostMemory memory, ControlPlane& plane, const Isa& isa)
     : memory_(std::move(memory)), partition_(rank, memory_.hosts), plane_(plane), isa_(isa), rank_(rank) {
@@ -35,7 +42,7 @@ bool HostTeam::round(LocalTurn turn, int64_t slice, int part) {
   const Geometry& g = memory_.geometry;
   const DefaultFloatEnvironment environment;
   StoreTurns stores(Store::plain);
-  const Waiting waiting{&spins_, g.crowded ? kSpinsCrowded : kSpins, kYields, timeout_ns_, t_.failure, this};
+  const Waiting waiting{&spins_, g.crowded ? kSpinsCrowded : kSpins, kYieldsInside, timeout_ns_, t_.failure, this};
   const KernelCall call{t_, *bucket_, header_, stores, waiting, *tally_};
   const bool done = isa_.run_local({call, *shards_, turn, slice, part});
   tally_->enter(Phase::wait);

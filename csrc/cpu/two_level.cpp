@@ -5,9 +5,10 @@
 namespace dpcomm {
 namespace {
 
-// Of a slice, at least: less than between all ranks, since the first is gathered before anything is sent, and the last
-// is spread after everything has come (docs/performance.md).
-constexpr int64_t kLeastBytes = 256 * 1024;
+// Of a slice, at least; with a codec less than between all ranks, since the first is gathered before anything is sent,
+// and the last is spread after everything has come. In groups, not bytes: what a slice costs inside a host is the same
+// with any codec (docs/performance.md).
+constexpr int64_t kLeastGroups = 512;
 
 }  // namespace
 
@@ -51,7 +52,8 @@ Shards TwoLevel::cut(const Bucket& bucket, const Header& header, int64_t slice_b
 int64_t TwoLevel::slice_bytes(const Bucket& bucket, const Header& header) const {
   const Shards whole = cut(bucket, header, slot_bytes_);
   const int64_t chunk = (whole.shard_groups + whole.parts - 1) / whole.parts;
-  return slice_bytes_for(chunk * group_bytes(Dtype(header.dtype), CodecKind(header.codec)), slot_bytes_, kLeastBytes);
+  const int64_t bytes = group_bytes(Dtype(header.dtype), CodecKind(header.codec));
+  return slice_bytes_for(chunk * bytes, slot_bytes_, kLeastGroups * bytes);
 }
 
 std::optional<Arrival> TwoLevel::play(Carrier& carrier, const Bucket& bucket, const Header& header, double timeout_s,
