@@ -14,15 +14,16 @@ from pathlib import Path
 
 import plan_rows as measured
 
+from dpcomm.plan.constants import SHM
 from dpcomm.plan.cpu import Carried, Gloo, Shm
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTANTS = ROOT / "dpcomm" / "plan" / "constants.py"
-FIRST_STEP, LAST_STEP = 0.3, 0.002
+FIRST_STEP, LAST_STEP = 0.3, 0.004
 DIGITS = 3  # that are kept of a constant
 OVERLAPS = (1.0, 8.0)  # between none and, for the eye, perfect
 # Where to begin; the outcome hardly depends on it.
-FIRST_GLOO = Gloo(Carried(200, 100, 700, 300), Carried(300, 300, 700, 700), 2.0, 0.5)
+FIRST_GLOO = Gloo(Carried(100, 500, 200), Carried(200, 500, 700), 100, 200, 500, 1.5, 2.5)
 FIRST_SHM = Shm(2.0, 0.5, 10, 15, 30, 10, 20, 1.0)
 FITTED_WITHIN, TRIED_WITHIN = "python-*ranks.json", ("allreduce-*ranks.json", "rivals-*ranks.json")
 
@@ -40,41 +41,49 @@ def unpack(fitted: Gloo | Shm) -> list[float]:
     """All constants in a row."""
     if isinstance(fitted, Shm):
         return [*fitted]
-    return [*fitted.ours, *fitted.native, fitted.overlap, fitted.crowding]
+    return [*fitted.ours, *fitted.native, *fitted[2:]]
 
 
 def packed(values: Sequence[float], like: Gloo | Shm) -> Gloo | Shm:
     """The other way round."""
     if isinstance(like, Shm):
         return Shm(*values)
-    return Gloo(Carried(*values[:4]), Carried(*values[4:8]), *values[8:])
+    return Gloo(Carried(*values[:3]), Carried(*values[3:6]), *values[6:])
 
 
-def fit(rows: Sequence[measured.Measured], first: Gloo | Shm) -> Gloo | Shm:
-    """The constants that predict these rows best, to DIGITS digits."""
+def fit(rows: Sequence[measured.Measured], first: Gloo | Shm, within: Shm = SHM) -> Gloo | Shm:
+    """The constants that predict these rows best, to DIGITS digits. `within`: of engine shm, in two levels."""
     values = unpack(first)
 
     def cost(tried: list[float]) -> float:
-        return measured.misfit(rows, packed(tried, first))
+        return measured.misfit(rows, packed(tried, first), within)
 
     return packed([rounded(value) for value in descended(values, cost, isinstance(first, Gloo))], first)
 
 
 def descended(values: list[float], cost: Callable[[list[float]], float], bounded: bool) -> list[float]:
-    """Where no single constant that is a step larger or smaller costs less. `bounded`: the last but one is an
-    overlap."""
+    """Where no single constant that is a step larger or smaller costs less, by Hooke and Jeeves' pattern search (1961):
+    after each turn of all constants the same way is gone once more. `bounded`: the last is an overlap."""
     least, step = cost(values), FIRST_STEP
+
+    def better(tried: list[float]) -> bool:
+        nonlocal values, least
+        if bounded and not OVERLAPS[0] <= tried[-1] <= OVERLAPS[1]:
+            return False
+        if (found := cost(tried)) >= least - 1e-9:
+            return False
+        values, least = tried, found
+        return True
+
     while step > LAST_STEP:
-        moved = False
+        before = values
         for place in range(len(values)):
             for factor in (1 + step, 1 / (1 + step)):
-                tried = [*values]
-                tried[place] *= factor
-                if bounded and not OVERLAPS[0] <= tried[-2] <= OVERLAPS[1]:
-                    continue
-                if (found := cost(tried)) < least - 1e-9:
-                    values, least, moved = tried, found, True
-        step = step if moved else step / 2
+                better([*values[:place], values[place] * factor, *values[place + 1 :]])
+        if values == before:
+            step /= 2
+        else:
+            better([now * now / then for now, then in zip(values, before, strict=True)])
     return values
 
 
@@ -84,9 +93,10 @@ def rounded(value: float) -> float:
 
 def fitted() -> tuple[Gloo, Shm]:
     """From the results as they lie there."""
-    gloo, shm = fit(measured.between_hosts(), FIRST_GLOO), fit(measured.within_a_host(FITTED_WITHIN), FIRST_SHM)
-    assert isinstance(gloo, Gloo)
+    shm = fit(measured.within_a_host(FITTED_WITHIN), FIRST_SHM)
     assert isinstance(shm, Shm)
+    gloo = fit(measured.between_hosts(), FIRST_GLOO, shm)
+    assert isinstance(gloo, Gloo)
     return gloo, shm
 
 

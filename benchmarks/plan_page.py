@@ -1,11 +1,14 @@
 """Writes the tables of docs/plan.md and two pictures: `python benchmarks/plan_page.py`.
 
-Predicted beside measured, for every row of benchmarks/results that the model speaks of; and for each rate of the links
-with constants that were fitted without it. Everything else of the page is by hand.
+Predicted beside measured, for every row of benchmarks/results that the model speaks of; and for each rate of the links,
+and each shape, with constants that were fitted without it. Everything else of the page is by hand.
+
+`--against FOLDER` writes nothing: how far the rows there, of another run, are from those in benchmarks/results.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import sys
@@ -45,7 +48,13 @@ KINDS: Kinds = {
 }
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="of another run's network*.json; writes nothing")
+    arguments = parser.parse_args(argv)
+    if arguments.against:
+        print(again_table(measured.between_hosts(), measured.between_hosts(arguments.against)))
+        return 0
     PAGE.write_text(page(PAGE.read_text()))
     for name, question in PICTURES.items():
         draw(question, RESULTS / name)
@@ -64,13 +73,14 @@ def page(text: str) -> str:
 
 def blocks() -> dict[str, str]:
     """By the name of its markers."""
-    between, several = measured.between_hosts(), measured.several_a_host()
+    rows = measured.between_hosts()
+    one, several = [row for row in rows if row.place.ranks == 1], [row for row in rows if row.place.ranks > 1]
     found = {
-        "errors": errors_table(between + several, plan_constants.GLOO),
-        "held out": held_out_table(between),
+        "errors": errors_table(rows, plan_constants.GLOO),
+        "held out": held_out_table(rows),
         "shm": shm_table(),
-        "shaped": rows_table([row for row in between if row.shaped]),
-        "unshaped": rows_table([row for row in between if not row.shaped]),
+        "shaped": rows_table([row for row in one if row.shaped]),
+        "unshaped": rows_table([row for row in one if not row.shaped]),
         "several": rows_table(several) if several else "None has been measured.",
     }
     return found | {name: printed(arguments) for name, arguments in EXAMPLES.items()}
@@ -80,13 +90,24 @@ def gbit(row: Measured) -> float | None:
     return None if row.place.network is None else 8 * row.place.network / 1e9
 
 
+def shape_of(row: Measured) -> str:
+    return shape_text(row.place.hosts, row.place.ranks)
+
+
+def shapes(rows: list[Measured]) -> list[str]:
+    """Those with a rank a host first."""
+    return list(
+        dict.fromkeys(shape_of(row) for row in sorted(rows, key=lambda row: (row.place.ranks, row.place.hosts)))
+    )
+
+
 def errors_table(rows: list[Measured], fitted: Gloo | Shm) -> str:
     """A line for each kind of rows and shape, one rank a host first."""
     lines = []
     for name, kind in KINDS.items():
-        for ranks, hosts in sorted({(row.place.ranks, row.place.hosts) for row in rows}):
-            chosen = [row for row in rows if kind(row) and (row.place.ranks, row.place.hosts) == (ranks, hosts)]
-            lines.append([f"{name}, {shape_text(hosts, ranks)}", *error_cells(chosen, fitted)])
+        for shape in shapes(rows):
+            chosen = [row for row in rows if kind(row) and shape_of(row) == shape]
+            lines.append([f"{name}, {shape}", *error_cells(chosen, fitted)])
     return table(["", *HEADS], lines)
 
 
@@ -98,20 +119,36 @@ def error_cells(rows: list[Measured], fitted: Gloo | Shm) -> list[str]:
     return [str(found.rows), *(f"{share:.1%}" for share in found[1:4]), str(found.beyond)]
 
 
-def held_out(rows: list[Measured], rate: float | None) -> Gloo | Shm:
-    """Constants fitted without the rows of one rate."""
-    return plan_fit.fit([row for row in rows if gbit(row) != rate], plan_fit.FIRST_GLOO)
-
-
 def held_out_table(rows: list[Measured]) -> str:
-    """For each rate of the links: rows at that rate, with constants that know only the others."""
+    """For each rate of the links, and each shape: shaped rows of it, with constants that know only the others."""
+    rates = sorted({gbit(row) for row in rows if row.shaped}, key=lambda rate: rate or 0.0)
+    left_out: Kinds = {rate_text(rate): lambda row, rate=rate: gbit(row) == rate for rate in rates}  # type: ignore[misc]
+    left_out |= {shape: lambda row, shape=shape: shape_of(row) == shape for shape in shapes(rows)}  # type: ignore[misc]
     lines = []
-    for rate in sorted({gbit(row) for row in rows if row.shaped}, key=lambda rate: rate or 0.0):
-        fitted = held_out(rows, rate)
-        for name, kind in list(KINDS.items())[:2]:
-            chosen = [row for row in rows if gbit(row) == rate and kind(row)]
-            lines.append([f"{rate_text(rate)}, {name}", *error_cells(chosen, fitted)])
+    for name, left in left_out.items():
+        fitted = plan_fit.fit([row for row in rows if not left(row)], plan_fit.FIRST_GLOO)
+        for kind in list(KINDS)[:2]:
+            chosen = [row for row in rows if left(row) and KINDS[kind](row)]
+            lines.append([f"{name}, {kind}", *error_cells(chosen, fitted)])
     return table(["left out of the fit", *HEADS], lines)
+
+
+def again_table(rows: list[Measured], others: list[Measured]) -> str:
+    """How far the same contestants at the same place were from each other in two runs, two levels by themselves."""
+    theirs = {(row.name, row.place, row.load): row.us for row in others}
+    lines = []
+    for kind, chosen in KINDS.items():
+        for of, two_levels in (("two levels", True), ("others", False)):
+            pairs = [
+                row.us / theirs[key] - 1
+                for row in rows
+                if (key := (row.name, row.place, row.load)) in theirs
+                and chosen(row)
+                and (row.algorithm == "two_level") == two_levels
+            ]
+            beyond = sum(abs(off) > measured.WISHED for off in pairs)
+            lines.append([f"{kind}, {of}", str(len(pairs)), str(beyond)])
+    return table(["", "rows of both", "beyond 15 %"], lines)
 
 
 def shm_table() -> str:
@@ -136,8 +173,7 @@ def rows_table(rows: list[Measured]) -> str:
     for place in dict.fromkeys((row.place, row.load.plain) for row in rows):
         here = {row.name: row for row in rows if (row.place, row.load.plain) == place}
         first = next(iter(here.values()))
-        shape = shape_text(first.place.hosts, first.place.ranks)
-        where = f"{shape}, {rate_text(gbit(first))}, {size_text(place[1])}"
+        where = f"{shape_of(first)}, {rate_text(gbit(first))}, {size_text(place[1])}"
         lines.append([where, *(cell(here[name]) if name in here else "-" for name in names)])
     return table(["measured > predicted, ms", *names], lines)
 
@@ -163,4 +199,4 @@ def printed(arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from dpcomm import _native
 from dpcomm.__main__ import main
 from dpcomm.errors import ArgumentError
 from dpcomm.plan import command as plan_command
+from dpcomm.plan import constants as plan_constants
 from dpcomm.plan import gpu as plan_gpu
 from dpcomm.plan import machine as plan_machine
 from dpcomm.plan import picture as plan_picture
@@ -219,10 +220,8 @@ def pairs(question: Question) -> list[plans.BreakEven]:
     return [each for each in plans.break_evens(question) if each.engine != "any" and each.bytes_per_s]
 
 
-@pytest.mark.parametrize(
-    "question", [TWO_HOSTS, ALONE, Question(2, 2, 25 << 18, network=1e9), NVLINK], ids=["cpu", "gpu", "2x2", "nvlink"]
-)
-def test_on_both_sides_of_the_break_even_the_other_one_is_faster(question: Question) -> None:
+def check_both_sides(question: Question) -> None:
+    """A little below a break-even the codec is faster, and a little above without."""
     for found in pairs(question):
         assert found.bytes_per_s is not None
         for factor, wins in ((0.99, True), (1.01, False)):
@@ -233,9 +232,24 @@ def test_on_both_sides_of_the_break_even_the_other_one_is_faster(question: Quest
             assert (coded < none) == wins
 
 
-def test_there_are_break_evens_to_check() -> None:
+@pytest.mark.parametrize(
+    "question", [TWO_HOSTS, ALONE, Question(2, 2, 25 << 18, network=1e9), NVLINK], ids=["cpu", "gpu", "2x2", "nvlink"]
+)
+def test_on_both_sides_of_the_break_even_the_other_one_is_faster(question: Question) -> None:
+    assert {each.algorithm for each in pairs(question)} == {"native"}  # dpcomm's own gain at every speed
+    check_both_sides(question)
+
+
+def test_a_slow_codec_has_break_evens_in_all_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = plan_constants.GLOO.ours._replace(coded_us=4 * plan_constants.GLOO.ours.coded_us)
+    monkeypatch.setattr(plan_constants, "GLOO", plan_constants.GLOO._replace(ours=slow))
     assert {each.algorithm for each in pairs(TWO_HOSTS)} == {"direct", "oneshot", "ring", "native"}
-    assert plans.break_evens(Question(1, 2, 1 << 20)) == []  # no line whose speed could be another
+    check_both_sides(TWO_HOSTS)
+    assert not plans.plan(dataclasses.replace(TWO_HOSTS, network=12.5e9)).compress
+
+
+def test_where_there_is_no_line_there_is_no_break_even() -> None:
+    assert plans.break_evens(Question(1, 2, 1 << 20)) == []
 
 
 def test_a_codec_that_makes_nothing_less_pays_nowhere() -> None:
@@ -248,7 +262,7 @@ def test_a_codec_that_makes_nothing_less_pays_nowhere() -> None:
     ("question", "compress"),
     [
         (TWO_HOSTS, True),
-        (dataclasses.replace(TWO_HOSTS, network=12.5e9), False),
+        (dataclasses.replace(TWO_HOSTS, network=12.5e9), True),
         (Question(1, 2, 25 << 18), False),
         (ALONE, True),
         (dataclasses.replace(ALONE, dtype="bfloat16"), False),

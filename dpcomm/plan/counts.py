@@ -7,15 +7,18 @@ csrc/cpu/carried_engine.cpp; bytes of a message are the extension's own.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from dpcomm import _native
 
 KIB, MIB = 1 << 10, 1 << 20
+counted = lru_cache(4096)  # a fit asks the same of each row thousands of times
 GROUP = 256  # elements that share a scale
 ARENA_BYTES = 64 * MIB  # DPCOMM_ARENA_MB
 SLOTS = 4  # csrc/carried/schedule.h: kCarriedSlots
-LEAST_SLICE, MOST_SLICE, SLICES = 512 * KIB, 2 * MIB, 4  # csrc/cpu/carried_engine.cpp
+LEAST_SLICE, MOST_SLICE, SLICES = 512 * KIB, 2 * MIB, 4  # csrc/cpu/carried_steps.h
+LEAST_GROUPS = 512  # of a slice of two levels: csrc/cpu/two_level.cpp
 ASIDE_BYTES = 512 * KIB  # from here on three ranks and more leave codec none to gloo's own all-reduce
 ELEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -38,6 +41,7 @@ class Traffic(NamedTuple):
         return max(self.message_read, self.message_written)
 
 
+@counted
 def traffic(algorithm: str, codec: str, nranks: int, tensor: float, wire: float, pinned: bool) -> Traffic:
     """Counted from csrc/core/direct.h, oneshot.h and ring.h, with chunks of equal size.
 
@@ -140,6 +144,7 @@ def sent_groups(algorithm: str, groups: int, nranks: int, memory: bool) -> int:
     return 2 * groups - sizes[1] - sizes[2]
 
 
+@counted
 def sent_bytes(algorithm: str, load: Load, nranks: int) -> float:
     """Bytes that a rank sends over a network. A library's own all-reduce is a ring, which sends the least there is,
     2 (N-1)/N of the bucket: Patarasuk and Yuan 2009."""
@@ -150,6 +155,7 @@ def sent_bytes(algorithm: str, load: Load, nranks: int) -> float:
     return sent_groups(algorithm, load.groups, nranks, memory=False) * load.group_bytes
 
 
+@counted
 def host_bytes(algorithm: str, load: Load, place: Place) -> float:
     """Bytes that the network card of a host has to send, and to receive.
 
@@ -169,26 +175,34 @@ def host_bytes(algorithm: str, load: Load, place: Place) -> float:
     return sent * place.ranks * (place.nranks - place.ranks) / (place.nranks - 1)
 
 
-def carried_slices(algorithm: str, load: Load, nranks: int) -> int:
+def carried_slices(algorithm: str, load: Load, nranks: int, two_levels: bool = False) -> int:
     """Slices of a chunk on engine gloo: a quarter of it each, within limits, and within a slot
-    (CarriedEngine::begin and slot_bytes_for; mailboxes are small beside the slots and not counted)."""
-    fits = ARENA_BYTES // ((3 * nranks + 2) * SLOTS) // 4096 * 4096
+    (CarriedEngine::begin and carried_slot_bytes; mailboxes are small beside the slots and not counted).
+
+    Args:
+        two_levels: of a shard, between the hosts (TwoLevel::slice_bytes); a rank owns one.
+    """
+    arena = ARENA_BYTES // 2 if two_levels else ARENA_BYTES
+    fits = arena // ((3 * nranks + 2) * SLOTS) // 4096 * 4096
     slot = max(4096, min(fits, MOST_SLICE))
     parts = 1 if algorithm == "oneshot" else nranks
     chunk = load.coded / parts
-    wished = min(max(chunk / SLICES, min(LEAST_SLICE, slot)), slot)
+    least = LEAST_GROUPS * load.group_bytes if two_levels else LEAST_SLICE
+    wished = min(max(chunk / SLICES, min(least, slot)), slot)
     return max(1, math.ceil(math.ceil(load.groups / parts) / max(1, int(wished // load.group_bytes))))
 
 
-def messages(algorithm: str, load: Load, nranks: int) -> int:
+@counted
+def messages(algorithm: str, load: Load, nranks: int, two_levels: bool = False) -> int:
     """Messages that a rank sends one behind the other: to each peer once a hand-over and slice; a ring's and a
     library's 2 (N-1) steps."""
     if algorithm == "native":
         return 2 * (nranks - 1)
     hand_overs = 1 if algorithm == "oneshot" else 2
-    return hand_overs * (nranks - 1) * carried_slices(algorithm, load, nranks)
+    return hand_overs * (nranks - 1) * carried_slices(algorithm, load, nranks, two_levels)
 
 
+@counted
 def auto(load: Load, nranks: int, network: bool) -> str:
     """What algorithm "auto" is at this size: _native.choose_algorithm; engine gloo's steps_aside."""
     if network and nranks > 2 and load.codec == "none" and load.dtype == "float32" and load.plain >= ASIDE_BYTES:

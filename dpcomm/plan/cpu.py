@@ -2,7 +2,7 @@
 
 In the manner of Hockney (1994) and of Thakur, Rabenseifner and Gropp (2005): a time for each message, a time for each
 byte moved, a time for each value encoded; counts are counts.py's, times were measured (constants.py). New
-here is how the line and the processor overlap. docs/plan.md has the sources, and the errors.
+here is how line and processor go together. docs/plan.md has the sources, and the errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ FLOAT_MIB = MIB / 4  # elements of float32 in a MiB: what a codec's work is coun
 class Carried(NamedTuple):
     """Processor time of a rank, in microseconds, on engine gloo or in gloo's own all-reduce."""
 
-    call_us: float
     message_us: float  # each, one behind the other
     sent_us: float  # a MiB sent, which also is received
     coded_us: float  # a MiB of float32 encoded, added up and decoded
@@ -30,10 +29,13 @@ class Carried(NamedTuple):
 class Gloo(NamedTuple):
     """What was fitted to the measurements between hosts."""
 
-    ours: Carried  # direct, oneshot, ring
+    ours: Carried  # direct, oneshot, ring, and two levels between hosts
     native: Carried  # gloo's own all-reduce
+    header_us: float  # ours: to tell one other rank of the call, before anything of it is sent
+    call_us: float  # native: whatever is sent
+    wake_us: float  # where ranks share processors: until the next one of gloo's ring has a turn
+    inside: float  # price of engine shm's work inside a host, in two levels, beside the threads that move bytes
     overlap: float  # exponent: 1 is none, infinity is perfect
-    crowding: float  # exponent of ranks that share a processor
 
 
 class Shm(NamedTuple):
@@ -66,18 +68,27 @@ def gloo_us(place: Place, load: Load, algorithm: str, fitted: Gloo) -> float:
     """
     if place.nranks == 1:
         return 0.0
-    host = carried_us(place, load, algorithm, place.nranks, fitted)
-    return overlapped(host, line_us(counts.host_bytes(algorithm, load, place), place), place.crowded, fitted)
+    line = line_us(counts.host_bytes(algorithm, load, place), place)
+    if algorithm != "native":
+        return together(carried_us(place, load, algorithm, place.nranks, fitted), line, overlap=fitted.overlap)
+    messages = counts.messages(algorithm, load, place.nranks)
+    turns = fitted.wake_us * messages if place.crowded > 1 else 0.0
+    work = (fitted.call_us + work_us(fitted.native, load, algorithm, place.nranks, messages)) * place.crowded
+    return together(work, line, turns, overlap=fitted.overlap)
 
 
 def carried_us(place: Place, load: Load, algorithm: str, nranks: int, fitted: Gloo) -> float:
-    """What the processors of a rank need for a call among nranks, if the line costs nothing."""
-    own = fitted.native if algorithm == "native" else fitted.ours
-    sent = counts.sent_bytes(algorithm, load, nranks)
-    coded = coded_mib(algorithm, load, nranks)
-    work = own.call_us + own.message_us * counts.messages(algorithm, load, nranks)
-    work += own.sent_us * sent / MIB + own.coded_us * coded
-    return work * math.pow(place.crowded, fitted.crowding)
+    """What the processors of a rank need on engine gloo for the share of a call that is among nranks, if the line costs
+    nothing. All ranks are told of the call."""
+    messages = counts.messages(algorithm, load, nranks, two_levels=nranks < place.nranks)
+    told = fitted.header_us * (place.nranks - 1)
+    return (told + work_us(fitted.ours, load, algorithm, nranks, messages)) * place.crowded
+
+
+def work_us(own: Carried, load: Load, algorithm: str, nranks: int, messages: int) -> float:
+    """Processor time of a rank that has a processor for itself."""
+    moved = own.sent_us * counts.sent_bytes(algorithm, load, nranks) / MIB
+    return own.message_us * messages + moved + own.coded_us * coded_mib(algorithm, load, nranks)
 
 
 def coded_mib(algorithm: str, load: Load, nranks: int) -> float:
@@ -92,12 +103,11 @@ def line_us(moved: float, place: Place) -> float:
     return 1e6 * moved / (place.network * PAYLOAD) if place.network else 0.0
 
 
-def overlapped(host: float, line: float, crowded: float, fitted: Gloo) -> float:
-    """Both together: a p-norm, so never less than the longer one nor more than the sum. Slices make the two overlap,
-    less so where ranks share processors."""
-    p = 1 + (fitted.overlap - 1) / crowded
-    longer, shorter = max(host, line), min(host, line)
-    return longer * (1 + (shorter / longer) ** p) ** (1 / p) if longer else 0.0
+def together(*times: float, overlap: float) -> float:
+    """What goes on at once, each slowed down by the others: a p-norm, so never less than the longest nor more than the
+    sum."""
+    longest = max(times)
+    return longest * sum((each / longest) ** overlap for each in times) ** (1 / overlap) if longest else 0.0
 
 
 def shm_us(place: Place, load: Load, algorithm: str, fitted: Shm) -> float:
@@ -129,6 +139,6 @@ def two_level_us(place: Place, load: Load, gloo: Gloo, shm: Shm) -> float:
     """
     shard = load.share(place.ranks)
     between = carried_us(place, shard, counts.auto(shard, place.hosts, network=True), place.hosts, gloo)
-    inside = shm_us(place, load._replace(codec="none"), "direct", shm)
+    inside = gloo.inside * shm_us(place, load._replace(codec="none"), "direct", shm)
     line = line_us(counts.host_bytes("two_level", load, place), place)
-    return overlapped(inside + between, line, place.crowded, gloo)
+    return together(inside + between, line, overlap=gloo.overlap)
