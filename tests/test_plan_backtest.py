@@ -91,7 +91,7 @@ def test_small_shaped_rows_are_as_far_off_as_the_page_says() -> None:
     assert len(SMALL) >= 144
     assert outside(SMALL, plan_constants.GLOO, SMALL_WITHIN) == []
     assert len(outside(SMALL, plan_constants.GLOO, measured.WISHED)) <= SMALL_BEYOND
-    without = [plan_constants.GLOO._replace(**{name: 0.0}) for name in ("header_us", "wake_us")]
+    without = [plan_constants.GLOO._replace(header_us=0.0), plan_constants.GLOO._replace(wake_us=0.0)]
     for wrong in (planted(plan_constants.GLOO, message_us=2.0), *without):
         assert len(outside(SMALL, wrong, measured.WISHED)) > SMALL_BEYOND
 
