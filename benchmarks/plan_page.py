@@ -96,9 +96,8 @@ def shape_of(row: Measured) -> str:
 
 def shapes(rows: list[Measured]) -> list[str]:
     """Those with a rank a host first."""
-    return list(
-        dict.fromkeys(shape_of(row) for row in sorted(rows, key=lambda row: (row.place.ranks, row.place.hosts)))
-    )
+    found = sorted({(row.place.ranks, row.place.hosts) for row in rows})
+    return [shape_text(hosts, ranks) for ranks, hosts in found]
 
 
 def errors_table(rows: list[Measured], fitted: Gloo | Shm) -> str:
