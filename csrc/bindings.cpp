@@ -116,6 +116,7 @@ py::dict describe(Queue& queue) {
   const Description s = queue.engine().describe();
   py::dict d;
   d["engine"] = s.engine;
+  d["name"] = s.name;
   d["simd"] = s.simd;
   d["store"] = s.store;
   d["arena_bytes"] = s.arena_bytes;

@@ -42,6 +42,7 @@ struct Stats {
 
 struct Description {
   std::string engine, simd, store;
+  std::string name;  // of the communicator, as messages have it
   int64_t arena_bytes = 0, slot_bytes = 0;
   int slots = 0, channels = 1, rejected_connections = 0;
   int64_t aside_bytes = 0;  // from which size on a carrier's own all-reduce takes what no codec encodes; 0: never

@@ -115,7 +115,7 @@ class Comm:
     def stats(self, reset: bool) -> dict[str, float]:
         """calls input_bytes wire_bytes put_s reduce_s get_s wait_s nonfinite_groups."""
     def describe(self) -> dict[str, object]:
-        """engine simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections
+        """engine name simd store arena_bytes slots channels slot_bytes pids sequence rejected_connections
         aside_bytes (from which size on a carrier adds up itself what no codec encodes; 0: never).
 
         Of engine p2p also device device_name arena ("device" or "pinned") max_ctas peers (a text for each rank).

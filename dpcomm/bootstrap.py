@@ -8,7 +8,9 @@ bind       arenas are exchanged and mapped
 verify     first calls went through
 
 Where GPUs do not reach each other's memory, the last four come once more, as "allocate-pinned" and so on; where ranks
-share no host, as "allocate-network" and so on.
+share no host, as "allocate-network" and so on, with a stage between the last two:
+
+share-network   memory is taken, and shared inside each host
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from torch._C._distributed_c10d import Store
 from dpcomm import _native, chosen, environment, groups, processors
 from dpcomm.carried import CarriedBuilder
 from dpcomm.errors import ArgumentError, Error, P2PUnavailableError, UnsupportedError, bare_message
+from dpcomm.mesh import MeshBuilder
 from dpcomm.nccl import NcclBuilder
 from dpcomm.options import Options
 from dpcomm.reach import CannotShareError, check_reach
@@ -125,8 +128,18 @@ def build(site: Site, options: Options | Error) -> Built:
             raise UnsupportedError(str(cause)) from None
         raise
     if meeting.rank == 0:
-        logger.info("%s", chosen.line(meeting.number, meeting.hellos, built.engine, built.why, built.apart))
+        hosts = _proven_hosts(built, meeting.nranks)
+        logger.info("%s", chosen.line(meeting.number, meeting.hellos, built.engine, built.why, built.apart, hosts))
     return built
+
+
+def _proven_hosts(built: Built, nranks: int) -> Sequence[Sequence[int]]:
+    """The ranks of each host, if the engine had to know."""
+    if built.engine in ("shm", "p2p"):
+        return [range(nranks)]
+    found: Any = built.comm.describe().get("hosts", ())
+    hosts: Sequence[Sequence[int]] = found
+    return hosts
 
 
 def _build_serving(meeting: Rendezvous, options: Options, payloads: list[bytes], group: Any) -> Built:
@@ -202,7 +215,8 @@ def _build_nccl(meeting: Rendezvous, options: Options, why: str, hosts: list[lis
 
 
 def _hosts_of(meeting: Rendezvous, options: Options) -> list[list[int]]:
-    """Which ranks share a host, for two levels between GPUs: who can pass whom a descriptor; empty where not asked."""
+    """Which ranks share a host, for two levels between GPUs: who has reached whose abstract socket, which is what
+    engines of one host pass descriptors through; empty where not asked."""
     if not options.wants_hosts:
         return []
     try:
@@ -298,6 +312,12 @@ def _build(meeting: Rendezvous, options: Options, begin: Callable[[], Builder], 
                 logger.warning("rank %d: %s", rank, text)
         return b""
 
+    def share() -> bytes:
+        builder = builders[0]
+        assert isinstance(builder, MeshBuilder)
+        builder.share(secret, meeting.remaining_s())
+        return b""
+
     def verify() -> bytes:
         comms.append(builders[0].finish(options.timeout_s, hashlib.sha256(secret).hexdigest()[:4]))
         return b""
@@ -312,6 +332,8 @@ def _build(meeting: Rendezvous, options: Options, begin: Callable[[], Builder], 
                 options.serving, options.wants_hosts, [set(ranks_in(payload)) for payload in reached], meeting.hellos
             )
         meeting.stage("bind" + suffix, bind)
+        if suffix == NETWORK:
+            meeting.stage("share" + suffix, share)
         meeting.stage("verify" + suffix, verify)
         return comms[0]
     except BaseException:

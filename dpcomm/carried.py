@@ -48,33 +48,21 @@ class CarriedBuilder(MeshBuilder):
             raise UnsupportedError(f"engine {engine}: {reason}. Use engine='torch', or another build of torch.")
         super().__init__(meeting)
         self._options, self._engine, self._group = options, engine, group
-        self._inside: _native.ShmBuilder | None = None  # of engine two_level: what the ranks of this host share
-        self._inside_hosts: list[list[int]] = []
-        self._heard_inside: list[str] = []
         # On the user's thread: which GPU is the current one is a thread's own affair.
         self._device = device_of(group) if engine == "torch" and group is not None else torch.device("cpu")
         self._made: tuple[_native.CarriedComm, carriers.Carrier] | None = None
 
-    def bind(self, secret: bytes, timeout_s: float) -> None:
-        """Proves and checks the connections, shares memory inside the host, and takes the rest of the memory.
+    def share(self, secret: bytes, timeout_s: float) -> None:
+        """Takes memory.
 
-        All that before anybody connects the carrier: whoever waits inside torch is not told why another does not come.
+        Before anybody connects the carrier: whoever waits inside torch is not told why another does not come.
         """
-        super().bind(secret, timeout_s)
-        try:
-            if self._inside is not None:
-                self._inside.bind(secret, self._meeting.remaining_s())
-            self._made = self._make()
-        finally:
-            if self._inside is not None:
-                self._heard_inside = self._inside.warnings()
-            self._inside = None  # hangs up: others of this host need not wait for a rank that has failed
+        self._made = self._make()
 
-    def warnings(self) -> list[str]:
-        """About strangers that called."""
-        return super().warnings() + self._heard_inside
-
-    def _make(self) -> tuple[_native.CarriedComm, carriers.Carrier]:
+    def _make(
+        self, inside: _native.ShmBuilder | None = None, hosts: list[list[int]] | None = None
+    ) -> tuple[_native.CarriedComm, carriers.Carrier]:
+        """`inside`, `hosts`: of engine two_level, what the ranks of this host share, and the ranks of each."""
         carrier: carriers.Carrier
         carrier, scratch_bytes = carriers.GlooCarrier(), self._options.arena_bytes
         if self._engine == "torch":  # whose copies take as much as the slots, at most
@@ -88,8 +76,8 @@ class CarriedBuilder(MeshBuilder):
             carrier=carrier,
             simd=self._options.simd,
             engine=self._engine,
-            inside=self._inside,
-            inside_hosts=self._inside_hosts,
+            inside=inside,
+            inside_hosts=hosts or [],
             intra_codec=_native.CODECS[self._options.intra_codec],
         )
         return comm, carrier
@@ -97,7 +85,7 @@ class CarriedBuilder(MeshBuilder):
     def finish(self, timeout_s: float, name: str) -> _native.Comm:
         """Connects the carrier and makes the first call."""
         if self._made is None:
-            raise InternalError("finish() before bind()")
+            raise InternalError("finish() before share()")
         (comm, carrier), self._made = self._made, None
         try:
             carrier.end_on_failure(comm)

@@ -26,7 +26,14 @@ OTHERS = {
 OF_SOME_ENGINES = ("native", "two_level")
 
 
-def line(number: int, hellos: Sequence[Hello], engine: str, why: str, apart: tuple[int, int] | None = None) -> str:
+def line(
+    number: int,
+    hellos: Sequence[Hello],
+    engine: str,
+    why: str,
+    apart: tuple[int, int] | None = None,
+    hosts: Sequence[Sequence[int]] = (),
+) -> str:
     """What rank 0 logs once a communicator is built.
 
     Args:
@@ -35,6 +42,7 @@ def line(number: int, hellos: Sequence[Hello], engine: str, why: str, apart: tup
         engine: That serves.
         why: In words, as `describe()` has it.
         apart: Two ranks that share no memory, where that decided.
+        hosts: The ranks of each, where that was proven; else a host is what has a name, a boot and a network namespace.
     """
     asked, algorithm = hellos[0].engine, hellos[0].algorithm
     if apart is not None:
@@ -43,24 +51,32 @@ def line(number: int, hellos: Sequence[Hello], engine: str, why: str, apart: tup
     others = "no other was considered"
     if asked == "auto":
         others = OTHERS[engine, algorithm if algorithm in OF_SOME_ENGINES else ""]
-    return f"communicator #{number} of {len(hellos)} ranks: engine {engine} {_places(hellos)}: {why}; {others}"
+    return f"communicator #{number} of {len(hellos)} ranks: engine {engine} {_places(hellos, hosts)}: {why}; {others}"
 
 
-def _places(hellos: Sequence[Hello]) -> str:
-    """Which ranks say that they are where."""
-    places: dict[tuple[str, str, int], list[int]] = {}
-    for hello in hellos:
-        places.setdefault((hello.hostname, hello.boot_id, hello.net_namespace), []).append(hello.rank)
-    names = [name for name, _, _ in places]
+def _places(hellos: Sequence[Hello], hosts: Sequence[Sequence[int]]) -> str:
+    """Which ranks are where; a host has the name of its first rank."""
+    hosts = hosts or _said(hellos)
+    firsts = [hellos[ranks[0]] for ranks in hosts]
+    names = [first.hostname for first in firsts]
     if len(names) == 1:
         return f"on {names[0]}"
     texts = []
-    for (name, _, namespace), ranks in places.items():
-        place = name if names.count(name) == 1 else f"{name} in network namespace {namespace}"
+    for first, ranks in zip(firsts, hosts, strict=True):
+        alone = names.count(first.hostname) == 1
+        place = first.hostname if alone else f"{first.hostname} in network namespace {first.net_namespace}"
         texts.append(f"{place}: rank{'s' * (len(ranks) > 1)} {spans(ranks)}")
     if len(texts) > MOST_HOSTS:
         texts[MOST_HOSTS:] = [f"and {len(texts) - MOST_HOSTS} more"]
-    return f"between {len(places)} hosts ({'; '.join(texts)})"
+    return f"between {len(hosts)} hosts ({'; '.join(texts)})"
+
+
+def _said(hellos: Sequence[Hello]) -> list[list[int]]:
+    """Which ranks say that they are on one host."""
+    places: dict[tuple[str, str, int], list[int]] = {}
+    for hello in hellos:
+        places.setdefault((hello.hostname, hello.boot_id, hello.net_namespace), []).append(hello.rank)
+    return list(places.values())
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -20,7 +20,7 @@ SOCKETS_CLOSED = (-1, -1)  # of this rank itself
 
 
 class MeshBuilder:
-    """The stages `allocate` to `bind` of an engine between hosts; see `bootstrap.Builder`.
+    """The stages `allocate` to `share` of an engine between hosts; see `bootstrap.Builder`.
 
     Args:
         meeting: Where the ranks have met.
@@ -69,6 +69,9 @@ class MeshBuilder:
     def bind(self, secret: bytes, timeout_s: float) -> None:
         """Proves and checks the connections."""
         self._sockets = self._mesh.bind(secret, timeout_s)
+
+    def share(self, secret: bytes, timeout_s: float) -> None:
+        """Takes memory, where an engine does not take it later. All connections are proven, on all ranks."""
 
     def warnings(self) -> list[str]:
         """About strangers that called."""

@@ -63,7 +63,8 @@ def check_reach(engine: str, wants_hosts: bool, reached: list[set[int]], hellos:
 def hosts_of(reached: list[set[int]]) -> list[list[int]]:
     """The ranks of each host: those that reached each other. `reached` as for `check_reach`.
 
-    Where that is no such relation (a rank reaches two that do not reach each other), each rank is a host of its own.
+    Where that is no such relation (a rank reaches two that do not reach each other), the hosts are smaller, down to one
+    rank each; all ranks of each have reached each other.
     """
     nranks = len(reached)
     hosts = same_host.groups(

@@ -35,7 +35,8 @@ from dpcomm.store_calls import NoAnswerError, StoreCalls
 # for ranks that share no host, or want none, with an engine that goes through the network.
 PINNED, NETWORK = "-pinned", "-network"
 ROUND = ("allocate", "probe", "bind", "verify")
-STAGES = ("hello", "validate", *(name + suffix for suffix in ("", PINNED, NETWORK) for name in ROUND))
+NETWORK_ROUND = tuple(name + NETWORK for name in ("allocate", "probe", "bind", "share", "verify"))
+STAGES = ("hello", "validate", *ROUND, *(name + PINNED for name in ROUND), *NETWORK_ROUND)
 LAST = ("verify", "verify" + PINNED, "verify" + NETWORK)
 # A blocking Store.wait would ignore Ctrl-C, lock the store's client for other threads and, with TCPStore, log a
 # warning when its time is up; so the store is asked again and again, at intervals that grow from 0.5 to 20 ms.

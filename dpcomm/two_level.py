@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from dpcomm import _native, processors
@@ -10,6 +11,8 @@ from dpcomm.errors import PeerLostError, UnsupportedError
 from dpcomm.network import ENDPOINT
 from dpcomm.options import Options
 from dpcomm.rendezvous import Rendezvous
+
+logger = logging.getLogger("dpcomm")
 
 INSIDE_PART = 4  # of a rank's memory a fourth is shared with its host; the rest holds messages between hosts
 
@@ -34,8 +37,9 @@ class TwoLevelBuilder(CarriedBuilder):
         own = processors.share([(meeting.hellos[r].processors, meeting.hellos[r].processor_set) for r in self._ranks])
         plain = options._replace(arena_bytes=options.arena_bytes // INSIDE_PART, channels=1)
         wish = processors.shm_wish(plain, own)
-        self._inside = _native.ShmBuilder(self._ranks.index(meeting.rank), len(self._ranks), wish, options.simd)
-        self._inside_hosts = hosts
+        here = self._ranks.index(meeting.rank)
+        self._inside: _native.ShmBuilder | None = _native.ShmBuilder(here, len(self._ranks), wish, options.simd)
+        self._ranks_of_hosts = hosts
 
     def endpoint(self) -> bytes:
         """Where this rank listens: for all, then for the ranks of its host."""
@@ -51,6 +55,20 @@ class TwoLevelBuilder(CarriedBuilder):
             rank = self._ranks[here.index(False)]
             raise PeerLostError(f"rank {rank} listens no longer, on the host of rank {self._meeting.rank}", rank=rank)
         return reached
+
+    def share(self, secret: bytes, timeout_s: float) -> None:
+        """Shares memory inside the host, and takes the rest.
+
+        A stage of its own, behind `bind`: a rank that failed there would keep those waiting that wait for it in here.
+        """
+        assert self._inside is not None
+        try:
+            self._inside.bind(secret, timeout_s)
+            self._made = self._make(self._inside, self._ranks_of_hosts)
+        finally:
+            for text in self._inside.warnings():
+                logger.warning("rank %d: %s", self._meeting.rank, text)
+            self._inside = None  # hangs up: others of this host need not wait for a rank that has failed
 
 
 def check_hosts(hosts: Sequence[Sequence[int]]) -> None:

@@ -27,7 +27,7 @@ from test_faults_construction import limit
 import dpcomm
 from dpcomm import _native, carriers, reach
 from dpcomm.bootstrap import SECRET_BYTES
-from dpcomm.network import ENDPOINT
+from dpcomm.network import ENDPOINT, Meeting
 from dpcomm.records import Outcome
 from dpcomm.rendezvous import STAGES, Rendezvous
 
@@ -223,6 +223,28 @@ def test_39_one_rank_cannot_connect_gloo(net: Hosts, odd: int, engine: str) -> N
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+def construct_without_connections(rank: int, nranks: int, odd: int, engine: str) -> list[Any]:
+    """One rank fails when it has proven itself to all others, which may go on."""
+    bind = Meeting.bind
+
+    def refuse(mesh: Meeting, secret: bytes, timeout_s: float) -> Any:
+        bind(mesh, secret, timeout_s)
+        raise dpcomm.SystemResourceError("no descriptors left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == odd:
+            patch.setattr(Meeting, "bind", refuse)
+        caught = catch(dpcomm.Communicator, engine=engine, timeout_s=PATIENCE_S)
+    return [caught, sum_of_ones("auto")]
+
+
+@pytest.mark.parametrize(("odd", "engine"), [(0, "auto"), (1, "two_level"), (3, "auto"), (0, "gloo")])
+def test_44_a_rank_that_fails_while_ranks_connect_keeps_nobody_waiting(net: Hosts, odd: int, engine: str) -> None:
+    """Neighbours would wait for it where memory is shared, until the time is up."""
+    results = across(net, *TWO_BY_TWO).run(construct_without_connections, odd, engine)
+    check_joint(results, "SystemResourceError", f"rank {odd}, stage 'bind-network'", "no descriptors left")
+
+
 def own_bytes() -> int:
     """Addresses that this process has in use."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -233,8 +255,8 @@ FILES, ADDRESSES = resource.RLIMIT_FSIZE, resource.RLIMIT_AS
 SCARCE: dict[str, tuple[str, int, int, str, int]] = {
     "first-round": ("validate", FILES, MIB, "allocate", errno.EFBIG),
     "own-arena": ("probe", FILES, MIB, "allocate-network", errno.EFBIG),
-    "neighbours-arena": ("probe-network", ADDRESSES, 2 * MIB, "bind-network", errno.ENOMEM),
-    "messages": ("probe-network", ADDRESSES, 32 * MIB, "bind-network", errno.ENOMEM),
+    "neighbours-arena": ("bind-network", ADDRESSES, 2 * MIB, "share-network", errno.ENOMEM),
+    "messages": ("bind-network", ADDRESSES, 32 * MIB, "share-network", errno.ENOMEM),
 }
 
 
@@ -307,7 +329,7 @@ def test_47_strangers_at_the_socket_of_a_host_are_dropped(net: Hosts) -> None:
 def test_48_a_bad_handshake_inside_a_host_fails_on_all(net: Hosts, word: bytes) -> None:
     results = across(net, *TWO_BY_TWO).run(construct_beside, [word], True)
     text = "it ends after 33 of 64 bytes" if len(word) == 1 else "bad magic"
-    words = "rank 0, stage 'bind-network'", "handshake from", text
+    words = "rank 0, stage 'share-network'", "handshake from", text
     check_all([caught for caught, _ in results], "InternalError", *words, within_s=GRACE_S)
     assert across(net, *TWO_BY_TWO).run(ask_for_sum) == [("two_level", 4.0)] * 4
 

@@ -184,3 +184,33 @@ def test_50_70_on_several_hosts_the_group_may_go_first(net: Hosts, capfd: pytest
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert "terminate" not in said
+
+
+# --- two communicators -----------------------------------------------------------------------------------------------
+
+
+CROSSWISE_S = 3.0  # also for constructions, of which each rank makes two
+
+
+def use_crosswise(rank: int, nranks: int) -> tuple[Caught, list[str]]:
+    """The next call of rank 0 is on one communicator, that of all others on the other one."""
+    with two_level(timeout_s=CROSSWISE_S) as a, two_level(timeout_s=CROSSWISE_S) as b:
+        names = [comm.describe()["name"] for comm in (a, b)]
+        # Control: asynchronous calls in opposite order end well.
+        works = [comm.allreduce(torch.ones(3), async_op=True) for comm in ((a, b) if rank == 0 else (b, a))]
+        assert all(work.wait(10.0) for work in works)
+        caught = catch((a if rank == 0 else b).allreduce, torch.ones(LARGE))
+        dist.barrier()
+        return caught, names
+
+
+def test_two_communicators_over_two_levels_used_in_opposite_order_time_out(net: Hosts) -> None:
+    """Whichever two ranks meet so, on one host or on two: both are named, as describe() has them."""
+    caught, names = zip(*across(net, *TWO_BY_TWO).run(use_crosswise), strict=True)
+    assert len(set(names[0])) == 2
+    assert names == (names[0],) * 4
+    check_all(caught, "CommTimeoutError", within_s=CROSSWISE_S + GRACE_S)
+    for rank, one in enumerate(caught):
+        mine, other = names[0] if rank == 0 else names[0][::-1]
+        assert f"comm={mine} " in one.text
+        assert f"it has begun call 2 of communicator {other}, which this rank has not made" in one.text

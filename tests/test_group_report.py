@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
@@ -120,13 +121,14 @@ def chosen_line(
     asked_for: str = "auto",
     algorithm: str = "auto",
     apart: tuple[int, int] | None = None,
+    hosts: Sequence[Sequence[int]] = (),
 ) -> str:
     options = Options("none", asked_for, algorithm, 300.0, 25.0, 64 << 20, "", 0)
     hellos = []
     for rank, name in enumerate(names):
         hello = hello_of(Site(None, rank, len(names), "own", ""), options)
         hellos.append(hello._replace(hostname=name.rstrip("+"), net_namespace=7 + name.count("+")))
-    return chosen.line(3, hellos, engine, "the reason", apart)
+    return chosen.line(3, hellos, engine, "the reason", apart, hosts)
 
 
 def test_the_line_says_what_was_chosen_and_why_not_the_others() -> None:
@@ -150,6 +152,18 @@ def test_the_line_says_what_was_chosen_and_why_not_the_others() -> None:
     assert "shm and torch have no all-reduce of a library" in chosen_line(["a", "b"], "gloo", algorithm="native")
     assert chosen_line(["a", "a", "b"], "two_level", algorithm="two_level").endswith("the reason; no other has it")
     assert chosen_line(["a", "a", "b"], "two_level", "two_level", "two_level").endswith("; no other was considered")
+
+
+def test_the_line_counts_hosts_as_they_were_proven_not_as_they_are_called() -> None:
+    """Names decide only where nothing was proven."""
+    assert " between 2 hosts (a: ranks 0 2; b: rank 1): " in chosen_line(["a", "b", "a"], "gloo")
+    one_of_two_names = chosen_line(["a", "b"], "shm", hosts=[range(2)])
+    assert "engine shm on a: the reason" in one_of_two_names
+    cut_off = chosen_line(["a", "a", "b", "b"], "two_level", hosts=[[0], [1], [2, 3]])
+    assert (
+        " between 3 hosts (a in network namespace 7: rank 0; a in network namespace 7: rank 1; b: ranks 2 3): "
+        in cut_off
+    )
 
 
 def test_the_line_names_every_other_engine() -> None:

@@ -237,7 +237,11 @@ def test_training_between_hosts_has_the_bits_of_stock_ddp(net: Hosts) -> None:
 # --- a host that is cut off while a communicator is made -------------------------------------------------------------
 
 BUILD_S = 3.0
-STAGES_BETWEEN_HOSTS = ("hello", "validate", *(f"{stage}-network" for stage in ("allocate", "probe", "bind", "verify")))
+STAGES_BETWEEN_HOSTS = (
+    "hello",
+    "validate",
+    *(f"{stage}-network" for stage in ("allocate", "probe", "bind", "share", "verify")),
+)
 
 
 def await_link(net: Hosts, here: int) -> None:

@@ -16,6 +16,7 @@ from dpcomm.__main__ import main
 from dpcomm.errors import ArgumentError
 from dpcomm.plan import command as plan_command
 from dpcomm.plan import constants as plan_constants
+from dpcomm.plan import counts
 from dpcomm.plan import gpu as plan_gpu
 from dpcomm.plan import machine as plan_machine
 from dpcomm.plan import picture as plan_picture
@@ -134,7 +135,7 @@ def test_parameters_go_in_buckets_and_a_size_in_one_call() -> None:
     [
         (TWO_HOSTS, {"gloo"}),
         (Question(1, 2, 1024), {"gloo", "shm"}),
-        (Question(2, 2, 1024, network=1e9), {"gloo", "shm+gloo"}),
+        (Question(2, 2, 1024, network=1e9), {"gloo", "two_level"}),
         (NVLINK, {"nccl", "p2p"}),
         (ALONE, {"nccl"}),
         (Question(2, 8, 1024, device="cuda", link=450e9, network=50e9), {"nccl"}),
@@ -147,7 +148,7 @@ def test_every_engine_of_the_place_is_predicted(question: Question, engines: set
     for row in rows:
         assert 0 < row.best_s <= row.seconds <= row.worst_s < math.inf
         assert (row.host_bytes > 0) == (question.hosts > 1)
-    for engine in engines - {"shm+gloo"}:
+    for engine in engines - {"two_level"}:
         own = {row.algorithm for row in rows if row.engine == engine} - {"two_level"}
         assert own == {"direct", "oneshot", "ring"} | ({"native"} if engine in ("gloo", "nccl") else set())
         assert [row.codec for row in rows if row.engine == engine and row.auto].count("none") == 1
@@ -211,6 +212,19 @@ def test_flat_direct_pays_for_every_rank_of_a_host_and_two_levels_do_not() -> No
     assert flat > 3 * plan_machine.two_level_us(machine, size, plan_gpu.LIKELY)
     wire = 2 * size * plan_gpu.CODED / plan_gpu.PLAIN / 2  # 2 W (H-1)/H
     assert plan_machine.two_level_us(machine, size, plan_gpu.LIKELY) > plan_gpu.us(wire, machine.nic.likely)
+
+
+def test_two_levels_cost_the_host_a_group_for_each_part_of_a_slice() -> None:
+    """A small call is what the host enqueues. Between H hosts: direct's. Inside, a slice: a kernel for each host's
+    part, and two groups that talk to the G - 1 others."""
+    fixed: dict[tuple[int, int], float] = {}
+    for hosts, gpus in ((8, 1), (8, 8), (16, 8), (32, 8)):
+        machine = plan_machine.machine_of(hosts, gpus, 450.0 if gpus > 1 else None, 50.0)
+        fixed[hosts, gpus] = plan_machine.two_level_us(machine, 1024, plan_gpu.LIKELY)
+    group = plan_gpu.HOST_GROUP_US[plan_gpu.LIKELY] + 2 * 7 * plan_gpu.HOST_TRANSFER_US[plan_gpu.LIKELY]
+    inside = counts.SLICES * 8 * (plan_gpu.HOST_KERNEL_US[plan_gpu.LIKELY] + 2 * group)
+    assert fixed[8, 8] - fixed[8, 1] == pytest.approx(inside)
+    assert fixed[32, 8] - fixed[16, 8] == pytest.approx(2 * (fixed[16, 8] - fixed[8, 8]))  # linear in hosts
 
 
 # --- what follows ----------------------------------------------------------------------------------------------------

@@ -236,6 +236,7 @@ Description CarriedEngine::describe() {
   origin_.refuse_fork();
   Description d;
   d.engine = engine_name_;
+  d.name = name_;
   d.simd = isa_.name;
   d.store = "plain";
   d.arena_bytes = used_bytes_ + (two_level_ ? two_level_->bytes() : 0);

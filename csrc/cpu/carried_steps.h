@@ -25,6 +25,7 @@ inline int64_t slice_bytes_for(int64_t chunk_bytes, int64_t slot_bytes, int64_t 
 // Lanes of slots that a rank uses: to and from every peer and itself, everyone's results, both ways of the ring.
 constexpr int64_t used_lanes(int nranks) { return 3 * int64_t{nranks} + 2; }
 
+// Mailboxes take no memory: nobody touches them where a carrier moves the messages.
 // The largest slots that perform well, at most `wished`, and fit. Throws Error(argument) where none do.
 int64_t carried_slot_bytes(int nranks, int64_t scratch_bytes, int64_t wished);
 int64_t carried_used_bytes(int nranks, int64_t slot_bytes);

@@ -49,12 +49,14 @@ bool HostTeam::round(LocalTurn turn, int64_t slice, int part) {
   return done;
 }
 
-void HostTeam::timed_out(const Flag* flag, uint32_t value, int peer) {
+bool HostTeam::timed_out(const Flag* flag, uint32_t value, int peer) {
   const Flag* flags = flag - peer;  // of all writers of this stream
   uint64_t late = 0;
   for (int r = 0; r < t_.nranks; ++r)
     if (r != t_.rank && !reached(load_acquire(&flags[r].value), value)) late |= uint64_t{1} << partition_.rank_of(r);
+  if (late == 0 && reached(load_acquire(&flag->value), value)) return false;
   plane_.propose({Cause::timeout, uint8_t(rank_), 0, Field::none, uint32_t(header_.sequence)}, late);
+  return true;
 }
 
 }  // namespace dpcomm

@@ -37,7 +37,7 @@ class HostTeam final : private Patience {
 
  private:
   bool give_up(int) override { return false; }  // the failure word is the control plane's
-  void timed_out(const Flag* flag, uint32_t value, int peer) override;
+  bool timed_out(const Flag* flag, uint32_t value, int peer) override;
   // What no codec encodes between hosts goes plainly inside them, too.
   CodecKind inside(CodecKind codec) const { return codec == CodecKind::none ? codec : memory_.codec; }
 

@@ -115,18 +115,22 @@ bool ShmEngine::ChannelPatience::give_up(int) {
   return false;
 }
 
-void ShmEngine::ChannelPatience::timed_out(const Flag* flag, uint32_t value, int peer) {
+bool ShmEngine::ChannelPatience::timed_out(const Flag* flag, uint32_t value, int peer) {
   const std::lock_guard lock(engine->abort_mutex_);  // another channel may time out, too
-  if (load_acquire(engine->team_.failure) != 0) return;
+  if (load_acquire(engine->team_.failure) != 0) return true;
   const Team& team = engine->team_;
   const Flag* flags = flag - peer;  // of all writers of this stream
   const auto stream = (flags - &(*box)[size_t(team.rank)]->arrived[0][0]) / kMaxRanks;
   uint64_t late = 0;
   for (int r = 0; r < team.nranks; ++r)
     if (r != team.rank && !reached(load_acquire(&flags[r].value), value)) late |= uint64_t{1} << r;
-  if (stream == kRing || stream == kDrained) late = last_in_ring();
+  if (stream == kRing || stream == kDrained)
+    late = last_in_ring();
+  else if (late == 0 && reached(load_acquire(&flag->value), value))
+    return false;
   __atomic_store_n(&engine->control_->waiting_for[team.rank], late, __ATOMIC_RELAXED);  // released by the failure word
   engine->fail({Cause::timeout, uint8_t(team.rank), 0, Field::none, 0});
+  return true;
 }
 
 // In a ring I wait for a neighbour, who may be waiting himself. To blame are those who have sent least.

@@ -133,6 +133,7 @@ Description ShmEngine::describe() {
   const std::lock_guard lock(stats_mutex_);
   Description d;
   d.engine = "shm";
+  d.name = name_;
   d.simd = isa_.name;
   d.store = stores_.chosen() == Store::plain ? "plain" : "streaming";
   d.arena_bytes = arena_bytes_;

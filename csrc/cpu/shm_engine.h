@@ -71,7 +71,7 @@ class ShmEngine final : public Engine {
     const std::vector<Mailbox*>* box = nullptr;  // of this channel, of every rank
     bool callers = false;
     bool give_up(int peer) override;
-    void timed_out(const Flag* flag, uint32_t value, int peer) override;
+    bool timed_out(const Flag* flag, uint32_t value, int peer) override;
     uint64_t last_in_ring() const;
   };
   struct Channel {

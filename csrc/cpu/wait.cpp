@@ -51,10 +51,7 @@ bool wait_long(Flag* flag, uint32_t value, int peer, const Waiting& how) {
     }
     if (load_acquire(how.failure) != 0 || how.patience->give_up(peer))
       return reached_now(flag, value) && load_acquire(how.failure) == 0;
-    if (now_ns() > deadline) {
-      how.patience->timed_out(flag, value, peer);
-      return false;
-    }
+    if (now_ns() > deadline && how.patience->timed_out(flag, value, peer)) return false;
     nap(flag, value);
   }
   return true;

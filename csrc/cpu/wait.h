@@ -12,8 +12,10 @@ int64_t now_ns();  // monotonic
 // What else can end a wait. Asked every few yields and after every nap, so never more than 100 ms apart.
 class Patience {
  public:
-  virtual bool give_up(int peer) = 0;                                      // records the cause
-  virtual void timed_out(const Flag* flag, uint32_t value, int peer) = 0;  // records the cause
+  virtual bool give_up(int peer) = 0;  // true: it has recorded the cause
+  // Records the cause. False: nobody is late any more.
+  virtual bool timed_out(const Flag* flag, uint32_t value, int peer) = 0;
+
  protected:
   ~Patience() = default;
 };

@@ -279,6 +279,7 @@ Description P2pEngine::describe() {
   refuse_fork();
   Description d;
   d.engine = "p2p";
+  d.name = name_;
   d.arena_bytes = geometry_.arena_bytes;
   d.slot_bytes = geometry_.slot_bytes;
   d.slots = geometry_.slots;

@@ -46,8 +46,9 @@ std::string call_elsewhere(const FailureText& asking, int pid, const std::string
   if (pid == 0 || pid == ::getpid()) return "";  // not known here; or ranks are threads, which share a number
   Known& all = known();
   const std::lock_guard lock(all.mutex);
-  for (const auto& [number, made] : all.texts) {
-    const FailureText text = made();
+  // The newest first: older ones may have failed, and nobody has closed them.
+  for (auto it = all.texts.rbegin(); it != all.texts.rend(); ++it) {
+    const FailureText text = it->second();
     if (text.control == asking.control) continue;
     for (int r = 0; r < text.nranks; ++r) {
       const uint64_t call = text.last_sequence(r);

@@ -202,8 +202,7 @@ std::string FailureText::waiting_text(const Failure& f, std::vector<int>* ranks)
     text += "rank " + std::to_string(r) + " (" + process(r);
     if (hosts.empty() || hosts[size_t(r)].empty()) text += ", state " + process_state(pids[size_t(r)]);
     text += ", last seq " + std::to_string(shown(last_sequence(r)));
-    const std::string elsewhere =
-        f.rank == rank ? call_elsewhere(*this, pids[size_t(r)], hosts.empty() ? "" : hosts[size_t(r)]) : "";
+    const std::string elsewhere = call_elsewhere(*this, pids[size_t(r)], hosts.empty() ? "" : hosts[size_t(r)]);
     text += (elsewhere.empty() ? "" : "; ") + elsewhere + ")";
   }
   char limit[48];

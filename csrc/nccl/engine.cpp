@@ -326,6 +326,7 @@ Description NcclEngine::describe() {
   refuse_fork();
   Description d;
   d.engine = "nccl";
+  d.name = name_;
   d.arena_bytes = memory_->scratch.bytes();
   if (const TwoLevelMemory* const two = memory_->two_level.get()) {
     d.arena_bytes += two->bytes();

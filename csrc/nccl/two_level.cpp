@@ -21,18 +21,18 @@ class NcclEngine::InsideHost final : public Inside {
         codec_(memory_.inside(flight.call.codec)),
         group_bytes_(group_bytes(flight.call.dtype, codec_)),
         kernel_(inside_kernel(flight.call.dtype, codec_)),
-        launch_{flight.table,
-                shards,
-                0,
-                0,
-                0,
-                0,
-                {},
-                all_.local(),
-                all_.size(),
-                memory_.inside_slot_bytes(),
-                flight.call.op,
-                engine.memory_->nonfinite_groups.data()} {}
+        launch_{.bucket = flight.table,
+                .shards = shards,
+                .slice = 0,
+                .number = 0,
+                .part = 0,
+                .count = 0,
+                .moves = {},
+                .rank = all_.local(),
+                .size = all_.size(),
+                .stride = memory_.inside_slot_bytes(),
+                .op = flight.call.op,
+                .nonfinite_groups = engine.memory_->nonfinite_groups.data()} {}
 
   bool round(LocalTurn turn, int64_t slice, int part) override {
     for (Launcher& steps : between_) steps.pause();                  // what they have written is spread now

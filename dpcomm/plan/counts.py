@@ -177,7 +177,7 @@ def host_bytes(algorithm: str, load: Load, place: Place) -> float:
 
 def carried_slices(algorithm: str, load: Load, nranks: int, two_levels: bool = False) -> int:
     """Slices of a chunk on engine gloo: a quarter of it each, within limits, and within a slot
-    (CarriedEngine::begin and carried_slot_bytes; mailboxes are small beside the slots and not counted).
+    (CarriedEngine::begin and carried_slot_bytes).
 
     Args:
         two_levels: of a shard, between the hosts (TwoLevel::slice_bytes); a rank owns one.

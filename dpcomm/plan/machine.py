@@ -105,10 +105,8 @@ def two_level_us(m: Machine, size: float, case: int, coding: Coding = FP16) -> f
     steps = us(sum(passes(hosts, groups, coding)), m.memory[case])
     wire = us(2 * g * (hosts - 1) * groups * coding.coded, m.nics * m.nic[case])
     device, travel = adding + steps, inside + wire
-    between = launches_of("direct", hosts, SLICES)
-    within = SLICES * 2 * hosts * (g > 1)  # each host's part of a slice is gathered, and spread
-    launches = Launches(
-        between.kernels + SLICES * hosts * (g > 1), between.groups + within, between.transfers + within * 2 * (g - 1)
-    )
+    enqueued = enqueue_us(launches_of("direct", hosts, SLICES), case)
+    if g > 1:  # each host's part of a slice is gathered, added up and spread
+        enqueued += enqueue_us(Launches(SLICES * hosts, 2 * SLICES * hosts, 2 * (g - 1)), case)
     fixed = (2 + 2 * (g > 1)) * m.group_us[case] + (5 + (g > 1)) * m.kernel_us[case]
-    return max(fixed + max(device, travel) + min(device, travel) / SLICES, enqueue_us(launches, case))
+    return max(fixed + max(device, travel) + min(device, travel) / SLICES, enqueued)

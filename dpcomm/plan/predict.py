@@ -98,7 +98,7 @@ def contestants(q: Question) -> list[tuple[str, str, str]]:
     for engine in [network] + [local] * (q.hosts == 1):
         found += [(engine, algorithm, codec) for algorithm in own for codec in codecs if codec != "bf16"]
     if q.hosts > 1 and q.ranks_per_host > 1:
-        engine = "shm+gloo" if q.device == "cpu" else "nccl"
+        engine = "two_level" if q.device == "cpu" else "nccl"
         found += [(engine, "two_level", codec) for codec in codecs if codec != "bf16"]
     return found
 
