@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dpcomm.records import Hello
+from dpcomm.records import Hello, hosts_as_said
 
 MOST_HOSTS = 8  # that a line names
 
@@ -56,7 +56,7 @@ def line(
 
 def _places(hellos: Sequence[Hello], hosts: Sequence[Sequence[int]]) -> str:
     """Which ranks are where; a host has the name of its first rank."""
-    hosts = hosts or _said(hellos)
+    hosts = hosts or hosts_as_said(hellos)
     firsts = [hellos[ranks[0]] for ranks in hosts]
     names = [first.hostname for first in firsts]
     if len(names) == 1:
@@ -69,14 +69,6 @@ def _places(hellos: Sequence[Hello], hosts: Sequence[Sequence[int]]) -> str:
     if len(texts) > MOST_HOSTS:
         texts[MOST_HOSTS:] = [f"and {len(texts) - MOST_HOSTS} more"]
     return f"between {len(hosts)} hosts ({'; '.join(texts)})"
-
-
-def _said(hellos: Sequence[Hello]) -> list[list[int]]:
-    """Which ranks say that they are on one host."""
-    places: dict[tuple[str, str, int], list[int]] = {}
-    for hello in hellos:
-        places.setdefault((hello.hostname, hello.boot_id, hello.net_namespace), []).append(hello.rank)
-    return list(places.values())
 
 
 def spans(numbers: Iterable[int]) -> str:

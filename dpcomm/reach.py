@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dpcomm import same_host
 from dpcomm.errors import UnsupportedError
-from dpcomm.records import Hello
+from dpcomm.records import Hello, hosts_as_said
 
 
 class CannotShareError(UnsupportedError):
@@ -43,13 +43,8 @@ def check_reach(engine: str, wants_hosts: bool, reached: list[set[int]], hellos:
         raise CannotShareError("", hosts=hosts_of(reached))
     if not broken:
         return
-    places: dict[tuple[str, str, int], list[int]] = {}
-    for hello in hellos:
-        places.setdefault((hello.hostname, hello.boot_id, hello.net_namespace), []).append(hello.rank)
-    where = "; ".join(
-        f"ranks {ranks} on {hostname} (network namespace {namespace})"
-        for (hostname, _, namespace), ranks in places.items()
-    )
+    said = [(ranks, hellos[ranks[0]]) for ranks in hosts_as_said(hellos)]
+    where = "; ".join(f"ranks {ranks} on {one.hostname} (network namespace {one.net_namespace})" for ranks, one in said)
     other = "'nccl'" if engine == "p2p" else "'gloo', for data on CPU"
     raise CannotShareError(
         f"engine {engine} joins processes of one host and one network namespace, but rank {broken[0][0]} cannot reach "

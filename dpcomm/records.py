@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 from dpcomm import _native
@@ -53,6 +54,14 @@ class Hello(NamedTuple):
     max_ctas: int  # asked for; 0: as many as perform best
     ordinal: int  # of the GPU in its process, -1 on CPU; ranks differ in it
     intra_codec: str  # of engine two_level
+
+
+def hosts_as_said(hellos: Sequence[Hello]) -> list[list[int]]:
+    """The ranks of each host, by what they say of themselves: same name, same boot, same network namespace."""
+    places: dict[tuple[str, str, int], list[int]] = {}
+    for hello in hellos:
+        places.setdefault((hello.hostname, hello.boot_id, hello.net_namespace), []).append(hello.rank)
+    return list(places.values())
 
 
 class Outcome(NamedTuple):

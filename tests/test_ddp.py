@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import digest
+from heard import heard
 from ranks import Pool
 from torch.nn.parallel import DistributedDataParallel as DDP
 from training import SMALL_BUCKETS_MB, Net, backward, check_gradients, hooked, parameters, seeded, sgd
@@ -246,21 +245,8 @@ def test_profiler_shows_a_range_for_each_bucket(pool: Pools) -> None:
             assert all(0 < us < 1e6 for _, us in ranges), "a range that has not ended"
 
 
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    """What dpcomm logs meanwhile."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dpcomm").addHandler(handler)
-    try:
-        yield said
-    finally:
-        logging.getLogger("dpcomm").removeHandler(handler)
-
-
 def log_of_codecs(rank: int, nranks: int) -> list[str]:
-    with listening() as said:
+    with heard() as said:
         ddp, _ = hooked(Net().double(), "fp16", **SMALL)
         for step in range(3):
             ddp(seeded(step, rank, 8, 32).double()).backward()
@@ -276,7 +262,7 @@ def test_a_dtype_that_the_codec_does_not_serve_is_logged_once(pool: Pools) -> No
 def train_natively(rank: int, nranks: int, dtype: torch.dtype) -> tuple[list[float], list[str]]:
     """Gradients of one layer whose inputs are the rank's number."""
     model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
-    with listening() as said:
+    with heard() as said:
         ddp = DDP(model)
         state = dpcomm.register_ddp_hook(ddp, codec="none", engine="gloo", algorithm="native", timeout_s=20.0)
         ddp(torch.full((1, 3), float(rank), dtype=dtype)).sum().backward()

@@ -7,7 +7,6 @@ Ranks 0 and 1 are on one host, 2 and 3 on another. What happens in calls: test_f
 from __future__ import annotations
 
 import errno
-import logging
 import random
 import resource
 import socket
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faulty import catch, check_all
+from heard import heard
 from networks import Hosts, across, network
 from test_faults_construction import limit
 
@@ -290,7 +290,6 @@ def test_44_no_memory_for_one_rank_of_several_hosts(net: Hosts, engine: str, wha
 def construct_beside(rank: int, nranks: int, words: list[bytes], knowing: bool) -> tuple[Any, list[str]]:
     """Somebody calls rank 0 where the ranks of its host call it, before they do, with the secret or without."""
     kept: list[socket.socket] = []
-    said: list[str] = []
 
     def call(record: Outcome) -> Outcome:
         name, secret = record.payload[ENDPOINT.size :][:NAME_BYTES], record.payload[-SECRET_BYTES:]
@@ -303,17 +302,13 @@ def construct_beside(rank: int, nranks: int, words: list[bytes], knowing: bool) 
                 stranger.close()  # the others say no more, and do not hang up
         return record
 
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dpcomm").addHandler(handler)
     try:
-        with at_stage("allocate-network", call):
+        with heard() as said, at_stage("allocate-network", call):
             if knowing:
                 return catch(dpcomm.Communicator, timeout_s=PATIENCE_S), said
             with two_level() as comm:
                 return float(comm.allreduce(torch.ones(1000))[-1]), said
     finally:
-        logging.getLogger("dpcomm").removeHandler(handler)
         for stranger in kept:
             stranger.close()
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, digest
 from faulty import Caught, catch, check, check_all
+from heard import heard
 from networks import NAMES, Hosts, across, network
 from ranks import Pool
 from test_allreduce_processes import run_async, run_cases
@@ -143,19 +144,8 @@ def test_hosts_of_a_killed_process_are_removed_by_the_next(net: Hosts) -> None:
 
 def describe(rank: int, nranks: int) -> tuple[dict[str, Any], list[str]]:
     """What a communicator says of itself, and what it logs while it is made."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("dpcomm")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with dpcomm.Communicator(timeout_s=20.0) as comm:
-            return comm.describe(), said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    with heard(logging.INFO) as said, dpcomm.Communicator(timeout_s=20.0) as comm:
+        return comm.describe(), said
 
 
 def test_between_hosts_auto_takes_gloo_and_says_why(net: Hosts) -> None:

@@ -16,6 +16,7 @@ import pytest
 import stand_in
 from cases import Case, digest
 from faulty import catch, check
+from heard import heard
 from nccl_threads import LONG_S, Member, Process, count, good, nccl_process, ranks, together
 
 import dpcomm
@@ -360,21 +361,12 @@ def test_close_gives_everything_back(nccl: Process) -> None:
 
 def choose(_: int, __: int) -> tuple[list[tuple[str, str]], list[str], list[float], list[Any]]:
     """GPUs that see no memory of each other's, as on two hosts: the native half of p2p says so."""
-    lines: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("dpcomm")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, heard(logging.INFO) as lines:
         patch.setattr(_native.P2pBuilder, "probe", lambda _, endpoints: [True] + [False] * (len(endpoints) - 1))
-        level = logger.level
-        logger.setLevel(logging.INFO)  # an assignment would leave what the logger remembers of the old level
-        logger.addHandler(handler)
         with ranks(3, engine="auto", codec="fp16") as members:
             xs = good(together(members, lambda m: float(m.reduce().x[0])))
             facts = [(m.comm.engine, m.comm.describe()["why"]) for m in members]
         refused = nccl_threads.construct(2, engine="p2p")
-        logger.removeHandler(handler)
-        logger.setLevel(level)
     return facts, lines, xs, refused
 
 

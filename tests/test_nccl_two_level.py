@@ -18,6 +18,7 @@ import nccl_threads
 import pytest
 from cases import Case, digest
 from faulty import Caught, catch
+from heard import heard
 from nccl_threads import Member, Process, construct, good, nccl_process, ranks, together
 from test_nccl_engine import run_on
 
@@ -77,19 +78,9 @@ def test_another_placement_has_other_bits() -> None:
 
 
 def say(_: int, __: int, engine: str) -> tuple[dict[str, Any], str]:
-    heard: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("dpcomm")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with apart([[0, 1], [2]], engine=engine, intra_codec="fp16", codec="fp16") as members:
-            return members[2].comm.describe(), heard[0]
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    options = {"engine": engine, "intra_codec": "fp16", "codec": "fp16"}
+    with heard(logging.INFO) as said, apart([[0, 1], [2]], **options) as members:
+        return members[2].comm.describe(), said[0]
 
 
 @pytest.mark.parametrize(("engine", "why"), [("auto", "algorithm two_level"), ("nccl", "asked for")])

@@ -7,7 +7,6 @@ What only one process sees (launches, streams, memory) is tested in C++: tests/c
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import threading
@@ -21,6 +20,7 @@ import pytest
 import stand_in
 import torch.distributed as dist
 from faulty import Caught, catch, check, check_all
+from heard import heard
 from rank_process import Failure
 from ranks import Outcome, Pool, fresh
 from stand_in import GpuArray
@@ -246,20 +246,17 @@ class Made(NamedTuple):
 
 def make(rank: int, nranks: int, timeout_s: float) -> Made:
     """A construction and, if it succeeds, a call."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dpcomm").addHandler(handler)
-    try:
-        made = join(rank, timeout_s)
-    except dpcomm.Error as error:
-        now = time.monotonic()
-        return Made("", Caught(Failure.of(error), now, now), warnings)
-    with made as comm:
-        x = GpuArray(np.full(5000, rank + 1.0, np.float32))
-        reduce(comm, x)
-        assert (x.x == nranks * (nranks + 1) / 2).all()
-        return Made(str(comm.describe()["arena"]), None, warnings)
+    with heard() as warnings:
+        try:
+            made = join(rank, timeout_s)
+        except dpcomm.Error as error:
+            now = time.monotonic()
+            return Made("", Caught(Failure.of(error), now, now), warnings)
+        with made as comm:
+            x = GpuArray(np.full(5000, rank + 1.0, np.float32))
+            reduce(comm, x)
+            assert (x.x == nranks * (nranks + 1) / 2).all()
+            return Made(str(comm.describe()["arena"]), None, warnings)
 
 
 def construct(machines: list[str], **more: str) -> list[Made]:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from cases import Array, Case, digest, run_case, tensor
 from faulty import Caught, catch, check, check_all
+from heard import heard
 from networks import Hosts, across, network
 from ranks import Pool
 from training import SMALL_BUCKETS_MB, Net, backward, check_gradients, hooked, parameters, sgd
@@ -338,19 +339,8 @@ def describe(
     rank: int, group: Any, hosts: list[list[int]], options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """What a communicator says of itself, and what it logs while it is made."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("dpcomm")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with two_level(group, hosts, **options) as comm:
-            return comm.describe(), said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    with heard(logging.INFO) as said, two_level(group, hosts, **options) as comm:
+        return comm.describe(), said
 
 
 def test_auto_takes_two_levels_and_says_why(net: Hosts) -> None:
