@@ -3,6 +3,8 @@
 // whatever hangs.
 #include <sys/wait.h>
 
+#include <barrier>
+
 #include "nccl_ranks.h"
 
 using namespace nccl_ranks;
@@ -556,12 +558,14 @@ void test_replays_after_a_failure_end_with_nans() {
   for (const Kind& kind : {kCoded, kOwn, kNative}) {
     Group group(Shape{2});
     if (!group.joined()) return;
+    std::barrier<> both(2);
     group.all([&](int r) {
       Flight flight(group, r, kind);
       const cudaGraphExec_t graph =
           captured(flight.stream, [&] { run_on(flight.queue, flight.data.call, flight.stream); });
       OK(cudaGraphLaunch(graph, flight.stream));
       CHECK(flight.stream.done() && flight.data.all(3));
+      both.arrive_and_wait();  // a rank may still be at the end of its replay when the other is done
       if (r == 1) group.engine(1).abort("enough");
       CHECK(eventually([&] { return failed(group, r); }));
       CHECK(says(error_of([&] { group.engine(r).check(); }), Code::aborted, {"rank 1 gave up"}));
