@@ -6,6 +6,7 @@ Hosts are network namespaces: six ranks are placed on three in two ways, and sub
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -203,6 +204,9 @@ def test_classes_of_these_shapes_are_different_bits() -> None:
         of_four = [expected(case, h, intra_codec) for h in hosts if sum(map(len, h)) == 4]
         assert len({*of_four, digest(case.expected(4))}) == 4
     two_by_two = ((0, 1), (2, 3))
+    for algorithm in BOTH_LEVELS:  # auto takes two levels with bfloat16, too
+        half = Case((1000,), "bfloat16", algorithm=algorithm)
+        assert expected(half, two_by_two, "none") != digest(half.expected(4))
     assert expected(case, two_by_two, "none") != expected(case, two_by_two, "fp16")
 
 
@@ -257,6 +261,22 @@ def run_without_wait(rank: int, group: Any, hosts: list[list[int]], todo: list[C
 @pytest.mark.parametrize("shape", ["2x2", "3+2+1"])
 def test_async_calls_over_two_levels_give_the_same_bits_in_their_order(net: Hosts, shape: str) -> None:
     check_digests(on(net, shape, run_without_wait, MANY), MANY, shape)
+
+
+def run_means_of_large_halves(rank: int, group: Any, hosts: list[list[int]]) -> list[float]:
+    """60000 on every rank, with the algorithms of BOTH_LEVELS; and the maximum, as auto takes it."""
+    with two_level(group, hosts) as comm:
+        x = torch.full((300,), 60_000.0, dtype=torch.float16)
+        means = [float(comm.allreduce(x.clone(), "mean", algorithm=each)[299]) for each in BOTH_LEVELS]
+        comm.stats(reset=True)
+        comm.allreduce(torch.ones(1 << 16, dtype=torch.float16), "max")
+        return [*means, comm.stats()["wire_bytes"]]
+
+
+def test_means_of_float16_do_not_overflow_inside_hosts(net: Hosts) -> None:
+    """Unless two levels are asked for. Maxima have nothing to overflow and go over two: half a tensor of 128 KiB is
+    this rank's, half of that goes to the other host, and as much of the result."""
+    assert on(net, "2x2", run_means_of_large_halves) == [[math.inf, 60_000.0, 1 << 16]] * 4
 
 
 def run_native(rank: int, group: Any, hosts: list[list[int]]) -> list[float]:

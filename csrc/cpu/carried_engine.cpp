@@ -130,7 +130,7 @@ bool CarriedEngine::serves(const Call& call) const {
 
 bool CarriedEngine::takes_two_levels(const Call& call) const {
   if (call.algorithm != Algorithm::automatic) return call.algorithm == Algorithm::two_level;
-  return two_level_ && TwoLevel::suits(call.dtype);
+  return two_level_ && TwoLevel::suits(call);
 }
 
 bool CarriedEngine::adds_up(const Call& call) const {

@@ -15,9 +15,9 @@ class TwoLevel final : private Inside {
   // scratch_bytes: for what goes between hosts. Throws Error(argument) if it cannot hold the smallest slots.
   TwoLevel(int rank, int nranks, HostMemory memory, int64_t scratch_bytes, ControlPlane& plane, const Isa& isa);
 
-  // Whether it takes a call that leaves the algorithm open: sums of a host lie in user memory, where 16 bits would
-  // round them once more.
-  static bool suits(Dtype dtype) { return dtype != Dtype::float16 && dtype != Dtype::bfloat16; }
+  // Whether it takes a call that leaves the algorithm open. Sums of a host lie in user memory, in the tensor's type: in
+  // float16 they may overflow where the mean does not.
+  static bool suits(const Call& call) { return call.dtype != Dtype::float16 || call.op > Op::mean; }
 
   // Nothing: the call failed inside the host, and the control plane knows why, or decides.
   std::optional<Arrival> play(Carrier& carrier, const Bucket& bucket, const Header& header, double timeout_s,

@@ -129,7 +129,7 @@ def auto(q: Question, engine: str, algorithm: str, codec: str) -> bool:
     if codec == "bf16" or why_not(engine, algorithm, codec, q.dtype):
         return False
     if algorithm == "two_level":
-        return engine != "nccl" and q.dtype == "float32"  # of 16 bits host sums would be rounded once more
+        return engine != "nccl" and q.dtype != "float16"  # in which the sums of a host could overflow
     load = Load(q.calls[0][1], q.dtype, codec)
     return counts.auto(load, q.nranks, engine in ("gloo", "nccl")) == algorithm
 
