@@ -53,8 +53,8 @@ class Cell:
 class Buffers:
     """A rank's memory for all sizes: the buffer that is reduced, what fills it, and what flushes the caches."""
 
-    def __init__(self, elems: int) -> None:
-        self.source = torch.randn(elems, generator=torch.Generator().manual_seed(dist.get_rank()))
+    def __init__(self, elems: int, dtype: torch.dtype = torch.float32) -> None:
+        self.source = torch.randn(elems, generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
         self.x = torch.empty_like(self.source)
         self.zeros = torch.zeros(MEET_ELEMS)
         self.other = torch.zeros(flush_bytes() // ELEM_BYTES)

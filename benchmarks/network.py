@@ -1,8 +1,8 @@
 """`make bench-network`: dpcomm between hosts beside gloo, at several rates of the links; and training across two hosts.
 
-Hosts are network namespaces (hosts.py) with a rank or several in each. Writes network.json, .md and .png,
-train-network.json and .md. Exit status: 0, 1 where a result was wrong or replicas differed, 2 where it could not run.
-How fast anything was does not change it.
+Hosts are network namespaces (hosts.py) with a rank or several in each. Writes network.json, .md and .png (with --dtype
+bfloat16: network-bfloat16), train-network.json and .md. Exit status: 0, 1 where a result was wrong or replicas differed,
+2 where it could not run. How fast anything was does not change it.
 """
 
 import argparse
@@ -29,6 +29,7 @@ FOLDER = Path(__file__).resolve().parent
 PARTS = ["allreduce", "train"]
 METHODS = ["stock", "fp16-hook", "none", "fp16", "forgetful"]
 TRAINED = ["stock", "none", "fp16"]
+TRAINING = "train-network"  # the other part's document
 INTERFACE = "eth0"  # of every host
 # torch warns of every connection whose name no server knows, which here is all.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -42,8 +43,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--shapes", type=plans.parse_shapes, help="hosts x ranks on each, with commas (default: 2x1,3x1,2x2,3x2)")
     add("--rates", type=plans.parse_rates, help="Gb/s of each link, with commas (default: 0.1,1,5,unshaped)")
     add("--sizes", help="bytes, with commas (default: 64K,256K,1M,4M,25M,100M, fewer with several ranks)")
-    contestants = f"{','.join(plans.PLAIN)},dpcomm,{plans.FLAT}"
-    add("--contestants", default=contestants, help="of all-reduce; flat: with several ranks a host (%(default)s)")
+    of_all = plans.contestants_of(plans.FLOAT32)
+    add("--contestants", help=f"of all-reduce; flat: with several ranks a host (default: {of_all}; of others none)")
+    dtypes = [plans.FLOAT32, plans.BFLOAT16]
+    add("--dtype", choices=dtypes, default=plans.FLOAT32, help="of all-reduce (%(default)s); others: network-DTYPE.*")
     add("--trained", type=words(METHODS), default=TRAINED, help="contestants of training (default: stock,none,fp16)")
     add("--seconds-per-size", type=float, help=f"for all contestants (default: {plans.SECONDS_PER_SIZE:g})")
     add("--quick", action="store_true", help="2x1, 2x2, 1 Gb/s, small sizes, a small model: in seconds; proves nothing")
@@ -77,10 +80,12 @@ def measure_allreduce(arguments: argparse.Namespace, codecs: list[str]) -> dict[
     Raises:
         HostsError, LaunchError, ValueError: It could not run.
     """
-    selected = plans.parse_contestants(arguments.contestants, codecs)
+    dtype = arguments.dtype
+    selected = plans.parse_contestants(arguments.contestants or plans.contestants_of(dtype), codecs)
     planned = plans.runs(arguments.shapes, arguments.rates, arguments.sizes)
     skipped = plans.skipped_rows(planned)
-    document: dict[str, Any] = {"benchmark": "network", "environment": describe_environment()}
+    name = "network" if dtype == plans.FLOAT32 else f"network-{dtype}"
+    document: dict[str, Any] = {"benchmark": name, "dtype": dtype, "environment": describe_environment()}
     document |= {"communicator": {}, "two_levels": {}}  # what they say of themselves, in the last run of each
     document["settings"] = {"contestants": selected, "seconds_per_size": arguments.seconds_per_size}
     document |= {"skipped": skipped, "rows": []}
@@ -105,6 +110,7 @@ def rank_plan(run: plans.Run, selected: list[tuple[str, str]], arguments: argpar
         # With one rank a host dpcomm is flat.
         "contestants": [each for each in selected if each[0] != plans.FLAT or run.ranks_per_host > 1],
         "seconds_per_size": arguments.seconds_per_size,
+        "dtype": arguments.dtype,
         "corrupt": arguments.corrupt,
     }
 
@@ -123,7 +129,7 @@ def measure_training(arguments: argparse.Namespace, codecs: list[str]) -> dict[s
         HostsError, LaunchError: It could not run.
     """
     how = plans.QUICK_TRAIN if arguments.quick else plans.TrainPlan()
-    document = {"benchmark": "train-network", "ranks": 2, "environment": describe_environment()}
+    document = {"benchmark": TRAINING, "ranks": 2, "environment": describe_environment()}
     plan = {"hosts": 2, "ranks_per_host": 1, "train": how._asdict(), "methods": arguments.trained, "codecs": codecs}
     print(train_report.LEGEND, train_report.header(), sep="\n", flush=True)
     with hosts(2, how.gbit) as net:
@@ -175,23 +181,24 @@ def with_others(document: dict[str, Any], file: Path) -> dict[str, Any]:
 def write(document: dict[str, Any], folder: Path, add: bool = False) -> list[str]:
     """The files of one part; `add`: see `with_others`. Returns the goals as text."""
     folder.mkdir(parents=True, exist_ok=True)
-    training = document["benchmark"] == "train-network"
+    training = document["benchmark"] == TRAINING
     file = folder / f"{document['benchmark']}.json"
     if add and not training and file.is_file():
         document = with_others(document, file)
-    found = (train_report if training else report).outcomes(document["rows"])
+    found = train_report.outcomes(document["rows"]) if training else report.outcomes_of(document)
     document["goals"] = [vars(outcome) for outcome in found]
     file.write_text(json.dumps(document, indent=1, default=str) + "\n")
     file.with_suffix(".md").write_text((train_report if training else report).markdown(document))
     if not training:
-        picture.draw(document["rows"], file.with_suffix(".png"))
+        picture.draw(document["rows"], file.with_suffix(".png"), report.dtype_of(document))
     print(f"wrote {file}, {'.md' if training else '.md and .png'} beside it", flush=True)
     return [f"goal: {outcome}" for outcome in found]
 
 
 def documents_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Those that are in the folder already."""
-    files = [arguments.out / name for name in ("network.json", "train-network.json")]
+    names = ("network", f"network-{plans.BFLOAT16}", TRAINING)
+    files = [arguments.out / f"{name}.json" for name in names]
     return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 

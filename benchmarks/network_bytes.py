@@ -11,14 +11,14 @@ from dpcomm.plan import counts
 INTERFACE = "eth0"  # of every host
 
 
-def leaving_share(engine: str, variant: str, elems: int, shape: tuple[int, int]) -> float:
+def leaving_share(engine: str, variant: str, elems: int, shape: tuple[int, int], dtype: str = plans.FLOAT32) -> float:
     """Of the bytes that a communicator counts, those that leave the host. Two levels count no others; flat algorithms
     know no hosts and count what goes to all other ranks."""
     codec, _, algorithm = variant.partition("/")
     if algorithm == "auto" and engine == "two_level":
         return 1.0
     if algorithm == "auto":
-        algorithm = counts.auto(counts.Load(elems, "float32", codec), shape[0] * shape[1], network=True)
+        algorithm = counts.auto(counts.Load(elems, dtype, codec), shape[0] * shape[1], network=True)
     return 1.0 if algorithm == "two_level" else plans.leaving_share(algorithm, *shape)
 
 

@@ -12,7 +12,7 @@ PICTURE_BYTES = 25 * MIB
 WIDTH, HEIGHT = 7, 5  # of a panel, in inches
 
 
-def draw(rows: list[Row], png_file: Path) -> None:
+def draw(rows: list[Row], png_file: Path, dtype: str = plans.FLOAT32) -> None:
     """Time of an all-reduce of 25 MiB (or the largest size there is) against the rate; a panel for each shape, those
     with several ranks a host in a row of their own. Dotted: what the line needs for the bytes sent.
 
@@ -32,7 +32,7 @@ def draw(rows: list[Row], png_file: Path) -> None:
     figsize = (WIDTH * columns, HEIGHT * len(lines))
     figure, panels = pyplot.subplots(len(lines), columns, figsize=figsize, squeeze=False, constrained_layout=True)
     figure.suptitle(
-        f"All-reduce of {size_text(size)}, float32, sum, between hosts; dotted: what the line needs for the bytes sent"
+        f"All-reduce of {size_text(size)}, {dtype}, sum, between hosts; dotted: what the line needs for the bytes sent"
     )
     shaped = sorted({row["gbit"] for row in shown if row["gbit"] is not None})
     unshaped_at = 4 * max(shaped, default=1.0)  # a place of its own on a logarithmic axis

@@ -17,6 +17,7 @@ QUICK_SHAPES, QUICK_RATES, QUICK_SIZES = ((2, 1), (2, 2)), (1.0,), (64 * KIB, MI
 UNSHAPED = "unshaped"
 LONGEST_CALL_S = 10.0  # what takes longer on the line in fp32 is not measured
 PLAIN = ("gloo", "fp16_compress_hook")
+FLOAT32, BFLOAT16 = "float32", "bfloat16"  # of the tensors
 FLAT = "flat"  # dpcomm with engine gloo, where auto would take two levels
 SECONDS_PER_SIZE, QUICK_SECONDS = 6.0, 0.4
 # A turn is calls of one contestant, a round a turn of each. Of a size at least LEAST_ROUNDS, whatever they take.
@@ -182,9 +183,14 @@ def parse_rates(text: str) -> list[float | None]:
     return list(dict.fromkeys(rates))
 
 
+def contestants_of(dtype: str) -> str:
+    """Who takes part where nobody is asked for. Codecs and the hook make 16 bits of 32."""
+    return f"{','.join(PLAIN)},dpcomm,{FLAT}" if dtype == FLOAT32 else f"{PLAIN[0]},dpcomm:none/auto,{FLAT}:none/auto"
+
+
 def parse_contestants(text: str, codecs: list[str]) -> list[tuple[str, str]]:
     """Names and variants: of PLAIN ones, of "dpcomm" (each codec, algorithm auto; "flat": between all ranks, as if
-    each had a host of its own) and of "dpcomm:CODEC/ALGORITHM".
+    each had a host of its own) and of "dpcomm:CODEC/ALGORITHM", and the same of "flat".
 
     Raises:
         ValueError: There is no such contestant, or gloo, which all are compared with, does not take part.
@@ -199,7 +205,7 @@ def parse_contestants(text: str, codecs: list[str]) -> list[tuple[str, str]]:
             found += [("dpcomm", f"{each}/auto") for each in codecs]
         elif part == FLAT:
             found += [(FLAT, f"{each}/auto") for each in codecs]
-        elif name == "dpcomm" and codec in codecs and slash and algorithm:
+        elif name in ("dpcomm", FLAT) and codec in codecs and slash and algorithm:
             found.append((name, variant))
         else:
             raise ValueError(

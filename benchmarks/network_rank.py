@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from contestants import Contestant, make
 from goals import size_text
-from interleave import ELEM_BYTES, WARM_ELEMS, Buffers, Cell, over_all_ranks, spent_on
+from interleave import WARM_ELEMS, Buffers, Cell, over_all_ranks, spent_on
 from measure import percentile
 from network_bytes import busiest_host, interface_sent_by_all, leaving_share
 from network_report import line
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
-from verification import Verdict, verify
+from verification import Precision, Verdict, precision_of_sixteen_bits, precision_of_tensors, verify
 
 import dpcomm
 
@@ -83,7 +83,8 @@ class Subject:
 def main(plan: dict[str, Any]) -> None:
     rank = join(plan)
     selected = [(name, variant) for name, variant in plan["contestants"]]
-    buffers = Buffers(max(plan["sizes"]) // ELEM_BYTES)
+    dtype = getattr(torch, plan["dtype"])
+    buffers = Buffers(max(plan["sizes"]) // dtype.itemsize, dtype)
     with ExitStack() as stack:
         names = dict.fromkeys(name for name, _ in selected if name in OURS)
         comms = {name: stack.enter_context(communicator(name, plan["ranks_per_host"], rank)) for name in names}
@@ -156,11 +157,8 @@ def measure(
     with tqdm(total=turns, unit="turn", leave=False, disable=None if first else True) as bar:
         for size in plan["sizes"]:
             bar.set_description(f"{where}, {size_text(size)}")
-            elems = size // ELEM_BYTES
-            subjects = [
-                verified(each, elems, comms.get(each.name), shape, "value" if each.name == plan["corrupt"] else None)
-                for each in contestants
-            ]
+            elems = size // buffers.x.element_size()
+            subjects = [verified(each, elems, comms.get(each.name), plan, buffers.x.dtype) for each in contestants]
             time_rounds(subjects, elems, plan["seconds_per_size"], buffers, bar.update)
             new = rows_of(subjects, shape, plan["gbit"], size)
             rows += [dataclasses.asdict(row) for row in new]
@@ -171,10 +169,11 @@ def measure(
 
 
 def verified(
-    each: Contestant, elems: int, comm: dpcomm.Communicator | None, shape: tuple[int, int], corrupt: str | None
+    each: Contestant, elems: int, comm: dpcomm.Communicator | None, plan: dict[str, Any], dtype: torch.dtype
 ) -> Subject:
     """One call whose result is checked; it also tells what a call sends and how long one takes. Collective."""
-    spent = [0.0]
+    spent, shape = [0.0], plans.shape_of(plan)
+    corrupt = "value" if each.name == plan["corrupt"] else None
 
     def allreduce(x: Tensor) -> None:
         dist.barrier()
@@ -183,16 +182,27 @@ def verified(
         spent[0] = time.perf_counter() - start
 
     before = comm.stats()["wire_bytes"] if comm is not None else 0
-    verdict = verify(allreduce, elems, each.precision, corrupt)
+    verdict = verify(allreduce, elems, precision_in(dtype, each), corrupt, dtype)
     if comm is not None:
         sent = comm.stats()["wire_bytes"] - before
-        host_sent = busiest_host(sent * leaving_share(comm.engine, each.variant, elems, shape), shape)
+        host_sent = busiest_host(sent * leaving_share(comm.engine, each.variant, elems, shape, plan["dtype"]), shape)
     else:
-        elem_bytes = 2 if each.name == "fp16_compress_hook" else ELEM_BYTES
+        elem_bytes = 2 if each.name == "fp16_compress_hook" else dtype.itemsize
         host_sent = plans.sent_plainly(elems * elem_bytes, dist.get_world_size())
     (spent_s,) = largest([spent[0]])
     engine = comm.engine if comm is not None else ""
     return Subject(Cell(each, "hot", seconds_a_call=spent_s), engine, verdict, host_sent)
+
+
+def precision_in(dtype: torch.dtype, each: Contestant) -> Precision:
+    """gloo adds 16 bits as they are; dpcomm rounds the sum, and in two levels that of each host before."""
+    nranks = dist.get_world_size()
+    if dtype == torch.float32:
+        return each.precision
+    if each.name == "gloo":
+        return precision_of_sixteen_bits(dtype, nranks)
+    tensors = precision_of_tensors(each.precision, dtype, nranks)
+    return tensors._replace(roundings=tensors.roundings + 1)
 
 
 def time_rounds(subjects: list[Subject], elems: int, budget_s: float, buffers: Buffers, advance: Advance) -> None:

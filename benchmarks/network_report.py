@@ -37,7 +37,7 @@ HEAD = """# All-reduce between hosts
 
 Written by `benchmarks/network.py` from the JSON file beside it; do not edit. How it is measured and how to read it:
 [docs/benchmarks.md](../../docs/benchmarks.md#between-hosts). Hosts are network namespaces of one machine, which share
-its processors; their links are shaped both ways. float32, sum."""
+its processors; their links are shaped both ways. Tensors of {dtype}, sum."""
 LARGE = 4 * MIB  # from here on the line is what counts
 OVER_GLOO_SHAPED, OVER_GLOO_UNSHAPED, LEAST_LINE_SHARE, NEVER_BELOW = 1.9, 1.2, 0.93, 0.95
 NEVER_SLOWER = ("none", "auto")  # codecs that promise it
@@ -98,12 +98,12 @@ def codec_of(row: Row) -> str:
 
 def markdown(document: Document) -> str:
     """The page: goals, picture, a table for each shape and rate."""
-    parts = [HEAD, environment_text(document["environment"])]
+    parts = [HEAD.format(dtype=dtype_of(document)), environment_text(document["environment"])]
     for run in document.get("other_runs", ()):
         parts.append(f"Rows of {', '.join(run['shapes'])} are of another run. {environment_text(run['environment'])}")
-    parts.append(goals_table(outcomes(document["rows"])))
+    parts.append(goals_table(outcomes_of(document)))
     parts += [f"**Doubtful**: {text}." for text in doubtful_rows(document["rows"])]
-    parts.append("![time of 25 MiB against the rate of the links](network.png)")
+    parts.append(f"![time of 25 MiB against the rate of the links]({document['benchmark']}.png)")
     for shape, gbit in dict.fromkeys((plans.shape_of(row), row["gbit"]) for row in document["rows"]):
         rows = [row for row in document["rows"] if (plans.shape_of(row), row["gbit"]) == (shape, gbit)]
         parts += [f"## {plans.shape_text(*shape)}, {plans.rate_text(gbit)}"]
@@ -128,8 +128,18 @@ def goals_table(found: list[Outcome]) -> str:
     return table(["goal", "measured", "outcome"], [[each.goal, each.measured, words[each.reached]] for each in found])
 
 
+def dtype_of(document: Document) -> str:
+    return str(document.get("dtype", plans.FLOAT32))  # older documents
+
+
+def outcomes_of(document: Document) -> list[Outcome]:
+    """The goals of a document. Other dtypes than float32 have one: codecs make 16 bits of 32."""
+    rows = document["rows"]
+    return outcomes(rows) if dtype_of(document) == plans.FLOAT32 else never_slower(rows)
+
+
 def outcomes(rows: list[Row]) -> list[Outcome]:
-    """All goals, in order."""
+    """All goals of float32, in order."""
     fp16 = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == "fp16"]
     fp16 = [row for row in fp16 if plans.shape_of(row) == (2, 1)]
     slow = [row for row in fp16 if row["gbit"] is not None and row["gbit"] <= 1 and row["size_bytes"] >= LARGE]
@@ -152,6 +162,11 @@ def outcomes(rows: list[Row]) -> list[Outcome]:
         ),
     ]
     found += [goal for shape in plans.SHAPES if shape[1] > 1 for goal in two_level_goals(shape, rows)]
+    return found + never_slower(rows)
+
+
+def never_slower(rows: list[Row]) -> list[Outcome]:
+    found: list[Outcome] = []
     codecs = dict.fromkeys(codec_of(row) for row in rows if row["contender"] == "dpcomm")
     for codec in [name for name in NEVER_SLOWER if name in codecs or name == "none"]:
         own = [row for row in rows if row["contender"] == "dpcomm" and codec_of(row) == codec]

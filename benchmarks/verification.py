@@ -91,9 +91,13 @@ def parts_of(x: Tensor) -> list[Tensor]:
 
 
 def verify(
-    allreduce: Callable[[Tensor], object], elems: int, precision: Precision, corrupt: str | None = None
+    allreduce: Callable[[Tensor], object],
+    elems: int,
+    precision: Precision,
+    corrupt: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Verdict:
-    """Runs one all-reduce (sum, float32, in place) and counts elements that are wrong on any rank. Collective.
+    """Runs one all-reduce (sum, in place) and counts elements that are wrong on any rank. Collective.
 
     Wrong is an element further from the exact sum than `precision` allows or, whatever its value, an element whose bits
     differ from rank 0's.
@@ -101,13 +105,14 @@ def verify(
     Args:
         corrupt: a check of the check. "bit" flips the lowest bit of one element on the last rank, "value" adds 1 to one
             element on every rank, after the call.
+        dtype: of the tensor. `precision` has to allow for the rounding of its values, and of the sum.
     """
     rank, nranks = dist.get_rank(), dist.get_world_size()
     terms = [_inputs(precision, r, min(elems, PERIOD)) for r in range(nranks)]
-    x = _repeated(terms[rank], elems)
+    x = _repeated(terms[rank], elems).to(dtype)
     allreduce(x)
     if corrupt == "bit" and rank == nranks - 1:
-        x.view(torch.int32)[elems // 2] ^= 1
+        x.view(torch.uint8)[elems // 2 * x.element_size()] ^= 1  # little-endian: the lowest of its bits
     if corrupt == "value":
         x[elems // 2] += 1
 
@@ -186,12 +191,12 @@ def _sums(terms: list[Tensor], precision: Precision) -> tuple[Tensor, Tensor]:
 def _differing(x: Tensor) -> Tensor:
     """Which elements' bits differ from rank 0's. Collective. Rank 0's elements are sent only where a checksum differs:
     eight ranks on two processors need seconds for 256 MiB."""
-    mine = zlib.crc32(x.numpy().data)
-    lowest, highest = (torch.tensor([mine], dtype=torch.int64) for _ in range(2))
+    mine = x.view(torch.uint8)
+    lowest, highest = (torch.tensor([zlib.crc32(mine.numpy().data)], dtype=torch.int64) for _ in range(2))
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     if int(lowest) == int(highest):
         return torch.zeros(len(x), dtype=torch.bool)
-    first = x.clone()
+    first = mine.clone()
     dist.broadcast(first, src=0)
-    return first.view(torch.int32) != x.view(torch.int32)
+    return (first != mine).view(len(x), x.element_size()).any(dim=1)

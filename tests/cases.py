@@ -55,7 +55,7 @@ class Case:
         return reference.allreduce(inputs, self.op, codec=self.codec, bit_class=self.bit_class)
 
     def expected_between(self, hosts: Sequence[Sequence[int]], intra_codec: str = "none") -> list[Array]:
-        """Of engine two_level. Sums of float16 that leave the algorithm open go flat: those of a host could overflow."""
+        """Of engine two_level. Sums of float16 that leave the algorithm open go flat: a host's could overflow."""
         nranks = sum(map(len, hosts))
         open_flat = self.dtype == "float16" and self.op in ("sum", "mean")
         if self.algorithm != "two_level" and (self.algorithm != "auto" or open_flat):

@@ -115,6 +115,8 @@ def test_every_codec_takes_part() -> None:
         "int8/auto",
         "fp16/ring",
     ]
+    for text, names in ((plans.contestants_of("float32"), 6), (plans.contestants_of("bfloat16"), 3)):
+        assert len(plans.parse_contestants(text, CODECS)) == names
     for text in ("gloo,zip", "gloo,dpcomm:zip/ring", "gloo,dpcomm:fp16", "gloo,gloo:fp16"):
         with pytest.raises(ValueError, match="unknown contestant"):
             plans.parse_contestants(text, CODECS)
@@ -144,6 +146,7 @@ def test_defaults_of_network_are_those_of_the_documentation() -> None:
         (["--rates", "slow"], "'slow': expected Gb/s"),
         (["--sizes", "4K,6"], "--sizes: multiples of 4"),
         (["--sizes", "4X"], "is not a size"),
+        (["--dtype", "int8"], "choose from"),
         (["--trained", "zip"], "zip: expected some of stock"),
         (["--seconds-per-size", "-1"], "--seconds-per-size: 0 to 3600"),
     ],
@@ -201,6 +204,7 @@ def test_bytes_that_stay_on_a_host_are_not_its_lines() -> None:
     assert leaving_share("gloo", "fp16/auto", MIB, two_by_two) == pytest.approx(2 / 3)
     assert leaving_share("gloo", "none/auto", MIB, two_by_two) == 0.5  # gloo's own ring
     assert leaving_share("gloo", "none/auto", MIB, (3, 1)) == 1.0
+    assert leaving_share("gloo", "none/auto", MIB, two_by_two, "bfloat16") == pytest.approx(2 / 3)  # direct
 
 
 def test_what_is_counted_is_a_hosts_own_interface() -> None:
@@ -287,6 +291,30 @@ def test_quick_run_measures_every_contestant_between_two_hosts(tmp_path: Path) -
         assert rows[names[2]]["sent_bytes"] == size
         assert rows["flat", "fp16/auto"]["sent_bytes"] == pytest.approx(2 * rows[names[3]]["sent_bytes"], rel=0.01)
     assert found["two_levels"]["hosts"] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.usefixtures("permitted")
+def test_bfloat16_has_files_and_contestants_of_its_own(tmp_path: Path) -> None:
+    flags = ["--parts", "allreduce", "--dtype", "bfloat16", "--shapes", "2x2", "--sizes", "1M", "--out", str(tmp_path)]
+    done = run_benchmark(*flags)
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in tmp_path.iterdir()} == {f"network-bfloat16{end}" for end in (".json", ".md", ".png")}
+    found = json.loads((tmp_path / "network-bfloat16.json").read_text())
+    rows = rows_of(found, (2, 2), MIB)
+    sent = {name: row["sent_bytes"] / MIB for name, row in rows.items()}
+    assert sent == {("gloo", ""): 1.5, ("dpcomm", "none/auto"): 1.0, ("flat", "none/auto"): 2.0}
+    assert {row["wrong"] for row in rows.values()} == {0}
+    assert report.doubtful_rows(found["rows"]) == []
+    assert all(
+        1e-4 < row["error"] < 2.0**-8 for row in rows.values()
+    )  # of bfloat16, of which float32 would know little
+    assert [goal["goal"] for goal in found["goals"]] == ["none nowhere below 0.95x gloo"]
+    page = (tmp_path / "network-bfloat16.md").read_text()
+    assert "Tensors of bfloat16, sum" in page
+    assert "(network-bfloat16.png)" in page
+    corrupt = run_benchmark(*flags, "--corrupt", "gloo")
+    assert corrupt.returncode == 1, corrupt.stderr
+    assert "gloo: 4 elements were wrong" in corrupt.stderr
 
 
 @pytest.mark.usefixtures("permitted")
