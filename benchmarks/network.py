@@ -1,8 +1,8 @@
 """`make bench-network`: dpcomm between hosts beside gloo, at several rates of the links; and training across two hosts.
 
 Hosts are network namespaces (hosts.py) with a rank or several in each. Writes network.json, .md and .png (with --dtype
-bfloat16: network-bfloat16), train-network.json and .md. Exit status: 0, 1 where a result was wrong or replicas differed,
-2 where it could not run. How fast anything was does not change it.
+bfloat16: network-bfloat16), train-network.json and .md. Exit status: 0, 1 where a result was wrong or replicas
+differed, 2 where it could not run. How fast anything was does not change it.
 """
 
 import argparse
