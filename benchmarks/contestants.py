@@ -1,4 +1,4 @@
-"""Who takes part in the report from Python: each is an all-reduce of a float32 tensor in place, and how to verify it.
+"""Who takes part in the report from Python: each is an all-reduce of a tensor in place, and how to verify it.
 
 The rank process is part of a gloo group already. mpi4py is imported only where Open MPI takes part.
 """

@@ -44,7 +44,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--rates", type=plans.parse_rates, help="Gb/s of each link, with commas (default: 0.1,1,5,unshaped)")
     add("--sizes", help="bytes, with commas (default: 64K,256K,1M,4M,25M,100M, fewer with several ranks)")
     of_all = plans.contestants_of(plans.FLOAT32)
-    add("--contestants", help=f"of all-reduce; flat: with several ranks a host (default: {of_all}; of others none)")
+    contestants = f"of all-reduce; flat: with several ranks a host (default: {of_all}; of bfloat16 without codecs)"
+    add("--contestants", help=contestants)
     dtypes = [plans.FLOAT32, plans.BFLOAT16]
     add("--dtype", choices=dtypes, default=plans.FLOAT32, help="of all-reduce (%(default)s); others: network-DTYPE.*")
     add("--trained", type=words(METHODS), default=TRAINED, help="contestants of training (default: stock,none,fp16)")
@@ -75,7 +76,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def measure_allreduce(arguments: argparse.Namespace, codecs: list[str]) -> dict[str, Any]:
-    """All shapes and rates: the document that goes into network.json.
+    """All shapes and rates: the document that goes into network.json, or network-DTYPE.json.
 
     Raises:
         HostsError, LaunchError, ValueError: It could not run.

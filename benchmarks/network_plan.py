@@ -96,7 +96,8 @@ def sent_plainly(size: float, nranks: int) -> float:
 
 def longest(size: float, hosts: int, ranks_per_host: int) -> float:
     """Bytes on a host's line, each way, of the contestant that sends most: gloo's ring; or, with several ranks on a
-    host, flat dpcomm: each of R ranks gives N-R others a chunk of 1/N and its own result, 2 R (N-R)/N, N = HR."""
+    host, flat dpcomm: each of R ranks gives N-R others a chunk of 1/N and its own result, 2 R (N-R)/N, N = HR. What
+    flat sends of bfloat16, which gloo does not add for it, is twice that: up to 1.6 times what this returns."""
     nranks = hosts * ranks_per_host
     flat = 2 * ranks_per_host * (nranks - ranks_per_host) / nranks * size if ranks_per_host > 1 else 0.0
     return max(sent_plainly(size, nranks), flat / 2)  # with fp16; what no codec encodes goes as gloo's ring
@@ -190,7 +191,7 @@ def contestants_of(dtype: str) -> str:
 
 def parse_contestants(text: str, codecs: list[str]) -> list[tuple[str, str]]:
     """Names and variants: of PLAIN ones, of "dpcomm" (each codec, algorithm auto; "flat": between all ranks, as if
-    each had a host of its own) and of "dpcomm:CODEC/ALGORITHM", and the same of "flat".
+    each had a host of its own), and of "dpcomm:CODEC/ALGORITHM" and "flat:CODEC/ALGORITHM".
 
     Raises:
         ValueError: There is no such contestant, or gloo, which all are compared with, does not take part.

@@ -182,7 +182,9 @@ def verified(
         spent[0] = time.perf_counter() - start
 
     before = comm.stats()["wire_bytes"] if comm is not None else 0
-    verdict = verify(allreduce, elems, precision_in(dtype, each), corrupt, dtype)
+    engine = comm.engine if comm is not None else ""
+    precision = precision_in(dtype, each, engine, dist.get_world_size())
+    verdict = verify(allreduce, elems, precision, corrupt, dtype)
     if comm is not None:
         sent = comm.stats()["wire_bytes"] - before
         host_sent = busiest_host(sent * leaving_share(comm.engine, each.variant, elems, shape, plan["dtype"]), shape)
@@ -190,19 +192,19 @@ def verified(
         elem_bytes = 2 if each.name == "fp16_compress_hook" else dtype.itemsize
         host_sent = plans.sent_plainly(elems * elem_bytes, dist.get_world_size())
     (spent_s,) = largest([spent[0]])
-    engine = comm.engine if comm is not None else ""
     return Subject(Cell(each, "hot", seconds_a_call=spent_s), engine, verdict, host_sent)
 
 
-def precision_in(dtype: torch.dtype, each: Contestant) -> Precision:
-    """gloo adds 16 bits as they are; dpcomm rounds the sum, and in two levels that of each host before."""
-    nranks = dist.get_world_size()
+def precision_in(dtype: torch.dtype, each: Contestant, engine: str, nranks: int) -> Precision:
+    """gloo adds 16 bits as they are. dpcomm rounds the sum; before, in two levels that of each host, in a ring each."""
     if dtype == torch.float32:
         return each.precision
     if each.name == "gloo":
         return precision_of_sixteen_bits(dtype, nranks)
+    algorithm = each.variant.partition("/")[2]
+    before = nranks - 2 if algorithm == "ring" else int(engine == "two_level" and algorithm in ("auto", "two_level"))
     tensors = precision_of_tensors(each.precision, dtype, nranks)
-    return tensors._replace(roundings=tensors.roundings + 1)
+    return tensors._replace(roundings=tensors.roundings + before)
 
 
 def time_rounds(subjects: list[Subject], elems: int, budget_s: float, buffers: Buffers, advance: Advance) -> None:

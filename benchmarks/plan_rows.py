@@ -1,6 +1,6 @@
 """What `python -m dpcomm plan` is held against: measured rows of benchmarks/results, each with its prediction.
 
-Hosts of network*.json are ranks that share the processors of one machine, and so are the ranks of the others.
+Hosts of network.json are ranks that share the processors of one machine, and so are the ranks of the others.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Measured(NamedTuple):
 
 
 def between_hosts(folder: Path = RESULTS) -> list[Measured]:
-    """The rows of network*.json that have a prediction: gloo, the hook, dpcomm's auto, and with several ranks a host
-    also engine gloo between all of them.
+    """The rows of network.json (of float32) that have a prediction: gloo, the hook, dpcomm's auto, and with several
+    ranks a host also engine gloo between all of them.
 
     Raises:
         ValueError: There are none.

@@ -170,8 +170,8 @@ def test_two_levels_are_had_on_cpus_and_asked_for_on_gpus() -> None:
     assert {(row.note, row.auto) for row in found.rows if row.algorithm == "two_level"} == {("", True)}
     assert (found.best.algorithm, found.best.codec) == ("two_level", "fp16")
     for dtype, taken in (("bfloat16", True), ("float16", False)):
-        half = plans.predict(Question(2, 2, 25 << 18, dtype, network=0.125e9))
-        assert {row.auto for row in half if row.algorithm == "two_level"} == {taken}
+        short = plans.predict(Question(2, 2, 25 << 18, dtype, network=0.125e9))
+        assert {row.auto for row in short if row.algorithm == "two_level"} == {taken}
     gpus = plans.plan(Question(2, 2, 25 << 18, device="cuda", link=50e9, network=12.5e9))
     two = [row for row in gpus.rows if row.algorithm == "two_level"]
     assert {(row.engine, row.note, row.auto) for row in two} == {("nccl", "", False)}

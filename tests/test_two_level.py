@@ -205,8 +205,8 @@ def test_classes_of_these_shapes_are_different_bits() -> None:
         assert len({*of_four, digest(case.expected(4))}) == 4
     two_by_two = ((0, 1), (2, 3))
     for algorithm in BOTH_LEVELS:  # auto takes two levels with bfloat16, too
-        half = Case((1000,), "bfloat16", algorithm=algorithm)
-        assert expected(half, two_by_two, "none") != digest(half.expected(4))
+        short = Case((1000,), "bfloat16", algorithm=algorithm)
+        assert expected(short, two_by_two, "none") != digest(short.expected(4))
     assert expected(case, two_by_two, "none") != expected(case, two_by_two, "fp16")
 
 

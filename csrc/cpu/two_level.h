@@ -16,7 +16,7 @@ class TwoLevel final : private Inside {
   TwoLevel(int rank, int nranks, HostMemory memory, int64_t scratch_bytes, ControlPlane& plane, const Isa& isa);
 
   // Whether it takes a call that leaves the algorithm open. Sums of a host lie in user memory, in the tensor's type: in
-  // float16 they may overflow where the mean does not.
+  // float16 they may overflow where the mean does not; minima and maxima cannot.
   static bool suits(const Call& call) { return call.dtype != Dtype::float16 || call.op > Op::mean; }
 
   // Nothing: the call failed inside the host, and the control plane knows why, or decides.
