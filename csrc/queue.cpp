@@ -150,8 +150,12 @@ void Queue::run_jobs() {
     } catch (...) {
       error = std::current_exception();
     }
-    next.second->finish(error);  // before the next call begins: calls end in the order of their submission
-    next_turn();
+    // Before the next call begins: calls end in the order of their submission. And with its turn: whoever saw the end
+    // may close(0), which aborts what is still under way.
+    const std::lock_guard lock(mutex_);
+    next.second->finish(error);
+    ++serving_;
+    changed_.notify_all();
   }
 }
 

@@ -263,7 +263,10 @@ class Pool:
         cause = RankError(f"in rank {o.rank} of {self.crew.nranks}:\n{o.error.trace}")
         if o.error.pickled is None:
             raise cause
-        raise pickle.loads(o.error.pickled) from cause
+        error = pickle.loads(o.error.pickled)
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # a rank's are none of this process
+            raise cause
+        raise error from cause
 
     def close(self) -> None:
         self.broken = True

@@ -125,7 +125,7 @@ def reduce_until_cut(rank: int, nranks: int, folder: str, codec: str) -> tuple[C
 def test_26_a_link_cut_in_a_call_over_two_levels_is_a_timeout_on_all(net: Hosts, tmp_path: Path, codec: str) -> None:
     ready = [tmp_path / f"ready{rank}" for rank in range(4)]
     try:
-        with after(ready, (0.3, lambda: net.link_down(1))) as cut:
+        with after(ready, (1.0, lambda: net.link_down(1))) as cut:
             results = across(net, *TWO_BY_TWO).run(reduce_until_cut, str(tmp_path), codec, deadline_s=25.0)
     finally:
         net.link_up(1)

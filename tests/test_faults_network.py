@@ -32,6 +32,7 @@ import dpcomm
 
 TIMEOUT_S = 1.5
 GRACE_S = 1.0
+SOON_S = 5.0  # constructions that fail: some tenths of a second, of processes that share two processors
 LARGE = 2 << 20  # elements: 8 MiB
 
 
@@ -112,7 +113,7 @@ def test_26_a_link_cut_in_a_call_is_a_timeout_on_all(
     let gloo add, which has more time for 64 MiB, but not for a message."""
     ready = [tmp_path / f"ready{rank}" for rank in range(len(places))]
     try:
-        with after(ready, (0.3, lambda: net.link_down(1))) as cut:
+        with after(ready, (1.0, lambda: net.link_down(1))) as cut:
             results = across(net, *places).run(reduce_until_cut, str(tmp_path), elems, asynchronous, deadline_s=15.0)
     finally:
         net.link_up(1)
@@ -126,17 +127,17 @@ def test_26_a_link_cut_in_a_call_is_a_timeout_on_all(
 
 def reduce_slowly(rank: int, nranks: int) -> tuple[str, float, float]:
     with gloo(timeout_s=2.5) as comm:
-        x = torch.full((4 * LARGE,), rank + 1.0)
+        x = torch.full((8 * LARGE,), rank + 1.0)
         began = time.monotonic()
         comm.allreduce(x)
         return comm.describe()["bit_classes"][-1]["bit_class"], time.monotonic() - began, float(x[-1])
 
 
 def test_26_a_slow_line_is_no_time_out(net: Hosts) -> None:
-    """32 MiB at 0.1 Gb/s take longer than the time limit, which is for what stands still."""
-    net.shape(0.1)
+    """64 MiB at 0.2 Gb/s take longer than the time limit, which is for what stands still."""
+    net.shape(0.2)
     try:
-        results = across(net, 0, 1, 2).run(reduce_slowly, deadline_s=30.0)
+        results = across(net, 0, 1, 2).run(reduce_slowly, deadline_s=40.0)
     finally:
         net.shape(None)
     for bit_class, took, total in results:
@@ -171,8 +172,8 @@ def reduce_for(rank: int, nranks: int, folder: str, seconds: float) -> tuple[boo
 def test_26_a_short_cut_only_delays(net: Hosts, tmp_path: Path) -> None:
     ready = [tmp_path / f"ready{rank}" for rank in range(2)]
     try:
-        with after(ready, (0.2, lambda: net.link_down(1)), (0.7, lambda: net.link_up(1))):
-            results = across(net, 0, 1).run(reduce_for, str(tmp_path), 1.2, deadline_s=20.0)
+        with after(ready, (0.2, lambda: net.link_down(1)), (1.2, lambda: net.link_up(1))):
+            results = across(net, 0, 1).run(reduce_for, str(tmp_path), 2.0, deadline_s=20.0)
     finally:
         net.link_up(1)
     assert [right for right, _ in results] == [True, True]
@@ -209,7 +210,7 @@ def test_ranks_that_end_are_named_on_the_other_hosts(
     outcomes = fresh(len(places), die_on_host, str(tmp_path), dying, int(number), placement=Placement(net, places))
     assert [o.signal for o in outcomes] == [number if o.rank in dying else None for o in outcomes]
     pids = {outcomes[rank].pid: rank for rank in dying}
-    ended = max(float(path.read_text()) for path in tmp_path.glob("ended*"))
+    ended = {pids[int(path.name.removeprefix("ended"))]: float(path.read_text()) for path in tmp_path.glob("ended*")}
     for outcome in outcomes:
         if outcome.rank in dying:
             continue
@@ -220,7 +221,7 @@ def test_ranks_that_end_are_named_on_the_other_hosts(
         assert lost in dying
         assert f"rank {lost} (pid {outcomes[lost].pid})" in caught.text
         assert {about["pids"][rank] for rank in dying} == set(pids)
-        assert 0 <= caught.ended - ended < 1.5
+        assert ended[lost] <= caught.ended < max(ended.values()) + 1.5
 
 
 def stop_a_while(rank: int, nranks: int, folder: str) -> Caught:
@@ -296,7 +297,7 @@ def construct(rank: int, nranks: int, odd: dict[str, Any], env: dict[str, str]) 
     if rank == 1:
         os.environ.update(env)
     try:
-        caught = catch(dpcomm.Communicator, **{"timeout_s": 5.0, **(odd if rank == 1 else {})})
+        caught = catch(dpcomm.Communicator, **{"timeout_s": 20.0, **(odd if rank == 1 else {})})
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -318,7 +319,7 @@ def test_an_odd_option_between_hosts_fails_on_all(
     net: Hosts, odd: dict[str, Any], env: dict[str, str], name: str, texts: list[str]
 ) -> None:
     results = across(net, 0, 1, 2).run(construct, odd, env)
-    check_all([caught for caught, _ in results], name, *texts, within_s=GRACE_S)
+    check_all([caught for caught, _ in results], name, *texts, within_s=SOON_S)
     assert [engine for _, engine in results] == ["gloo"] * 3
 
 
@@ -347,7 +348,8 @@ def test_49_a_host_that_never_comes(net: Hosts) -> None:
 
 def construct_while_cut(rank: int, nranks: int, folder: str) -> Caught:
     say_ready(folder, rank)
-    time.sleep(0.5)  # until the link is cut
+    while not Path(folder, "cut").exists():
+        time.sleep(0.01)
     return catch(gloo, rank=rank, nranks=nranks, store=own_store(f"cut-{os.getppid()}"), timeout_s=1.0)
 
 
@@ -355,21 +357,22 @@ def test_49_a_host_that_is_cut_off_before_it_comes(net: Hosts, tmp_path: Path) -
     """It says so when its time is up, though the store's client waits until the link is back; see test_hosts.py."""
     ready = [tmp_path / f"ready{rank}" for rank in range(3)]
     try:
-        with after(ready, (0.1, lambda: net.link_down(1)), (2.5, lambda: net.link_up(1))) as acted:
+        acts = ((0.0, lambda: net.link_down(1)), (0.0, (tmp_path / "cut").touch), (6.0, lambda: net.link_up(1)))
+        with after(ready, *acts) as acted:
             first, cut, last = across(net, 0, 1, 2).run(construct_while_cut, str(tmp_path), deadline_s=25.0)
     finally:
         net.link_up(1)
     words = "ranks [1] did not reach stage 'hello' in 1 s"
     check_all([first, last], "CommTimeoutError", words, within_s=1 + GRACE_S)
     check(cut, "CommTimeoutError", "rank 1 on ", "the torch store did not answer within the 1 s", within_s=1 + GRACE_S)
-    assert len(acted) == 1, "the link was back before all had ended"
+    assert len(acted) == 2, "the link was back before all had ended"
 
 
 def test_51_communicators_between_hosts_made_in_another_order(net: Hosts) -> None:
     results = across(net, 0, 1).run(construct_crosswise)
     for i in range(2):
         caught = [result[i] for result in results]
-        check_all(caught, "MismatchError", "communicator #", "same order", within_s=GRACE_S)
+        check_all(caught, "MismatchError", "communicator #", "same order", within_s=SOON_S)
     assert [result[2] for result in results] == [2.0] * 2
 
 
@@ -379,20 +382,20 @@ def test_51_communicators_between_hosts_made_in_another_order(net: Hosts) -> Non
 def test_30_ctrl_c_ends_a_call_between_hosts_and_poisons(net: Hosts) -> None:
     (name, seconds), peer = across(net, 0, 1).run(interrupt_call)
     assert name == "KeyboardInterrupt"
-    assert seconds < 0.4
+    assert seconds < 1.0
     check(peer, "AbortedError", "rank 0 gave up at seq 1: interrupted", within_s=GRACE_S)
 
 
 def test_30_ctrl_c_ends_a_wait_between_hosts_but_not_the_call(net: Hosts) -> None:
     (name, seconds), _ = across(net, 0, 1).run(interrupt_wait)
     assert name == "KeyboardInterrupt"
-    assert seconds < 0.4
+    assert seconds < 1.0
 
 
 def test_30_ctrl_c_ends_a_construction_between_hosts(net: Hosts) -> None:
     (name, seconds), peer = across(net, 0, 1).run(interrupt_construction)
     assert name == "KeyboardInterrupt"
-    assert seconds < 0.4
+    assert seconds < 1.0
     check(peer, "AbortedError", "KeyboardInterrupt", within_s=GRACE_S)
 
 

@@ -55,7 +55,8 @@ def test_22_a_rank_that_never_calls_is_named(pool: Pools, nranks: int, asynchron
     for _, caught in results:
         check(caught, "CommTimeoutError", f"rank 1 (pid {pid}, state ", "last seq 1", f"for {TIMEOUT_S:g} s")
         assert caught.failure.attributes["waiting_for"] == (1,)
-        assert TIMEOUT_S - 0.2 < caught.seconds < TIMEOUT_S + GRACE_S
+        assert caught.seconds < TIMEOUT_S + GRACE_S
+    assert max(caught.seconds for _, caught in results) > TIMEOUT_S - 0.2  # the first one's time ends all others' waits
     assert any("waiting for rank 1" in caught.text for _, caught in results)
     check(late, "AbortedError", "communicator aborted at seq 2", "[TIMEOUT]", within_s=GRACE_S)
 

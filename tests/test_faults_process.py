@@ -65,7 +65,7 @@ def interrupt_call(rank: int, nranks: int) -> tuple[str, float] | Caught:
 def test_30_ctrl_c_ends_a_call_and_poisons(pool: Pools) -> None:
     (name, seconds), peer = pool(2).run(interrupt_call)
     assert name == "KeyboardInterrupt"
-    assert seconds < 0.4  # 0.2 where nothing else runs
+    assert seconds < 1.0  # 0.2 where nothing else runs
     check(peer, "AbortedError", "rank 0 gave up at seq 1: interrupted", within_s=GRACE_S)
 
 
@@ -88,7 +88,7 @@ def interrupt_wait(rank: int, nranks: int) -> tuple[str, float] | None:
 def test_30_ctrl_c_ends_a_wait_but_not_the_call(pool: Pools) -> None:
     (name, seconds), _ = pool(2).run(interrupt_wait)
     assert name == "KeyboardInterrupt"
-    assert seconds < 0.4
+    assert seconds < 1.0
 
 
 def interrupt_construction(rank: int, nranks: int) -> tuple[str, float] | Caught:
@@ -106,7 +106,7 @@ def interrupt_construction(rank: int, nranks: int) -> tuple[str, float] | Caught
 def test_30_ctrl_c_ends_a_construction(pool: Pools) -> None:
     (name, seconds), peer = pool(2).run(interrupt_construction)
     assert name == "KeyboardInterrupt"
-    assert seconds < 0.4
+    assert seconds < 1.0
     check(peer, "AbortedError", "KeyboardInterrupt", within_s=GRACE_S)
 
 

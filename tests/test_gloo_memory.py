@@ -203,7 +203,7 @@ def drop(rank: int, nranks: int, in_carrier: bool) -> tuple[list[bool], float]:
     dropped, x = weakref.ref(comm), torch.full((1 << 20,), rank + 1.0)
     tensor = weakref.ref(x)
     if rank == 1:  # calls when rank 0's call has begun, and keeps everything
-        time.sleep(0.5)
+        time.sleep(2.0)
         comm.allreduce(x)
         result = float(x[0])
         dist.barrier()

@@ -97,7 +97,7 @@ def test_outcome_of_the_tests(tmp_path: Path, text: str, outcome: str) -> None:
 @pytest.mark.timeout(120)
 def test_tests_that_run_out_of_time_are_named(tmp_path: Path) -> None:
     text = "import time\ndef test_good(): pass\ndef test_slow(): time.sleep(60)\ndef test_late(): pass"
-    result, outcomes = run_inner(tmp_path, {"test_one.py": text}, seconds=6.0)
+    result, outcomes = run_inner(tmp_path, {"test_one.py": text}, seconds=20.0)
     assert OUT_OF_TIME in result.remark
     assert result.outcome == OUT_OF_TIME
     assert outcomes == {"test_good": "passed", "test_slow": "unfinished"}

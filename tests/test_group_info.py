@@ -317,7 +317,7 @@ def test_all_ranks_learn_a_steps_values_or_its_first_error() -> None:
 
 
 def test_ranks_that_do_not_come_to_a_step_are_named() -> None:
-    first, _, third = boards(3, seconds=0.3)
+    first, _, third = boards(3, seconds=2.0)
     results = together([lambda: first.share("one", lambda: 0), lambda: third.share("one", lambda: 2)])
     for error in results:
         assert isinstance(error, CommTimeoutError)

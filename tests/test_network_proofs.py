@@ -186,7 +186,7 @@ def test_bytes_behind_the_handshake_are_left_to_the_engine() -> None:
 
 def test_different_secrets_are_an_error_above_and_a_stranger_below() -> None:
     meetings = met(2)
-    calls = [lambda: meetings[0].bind(SECRET, 0.5), lambda: meetings[1].bind(bytes(32), 0.5)]
+    calls = [lambda: meetings[0].bind(SECRET, 2.0), lambda: meetings[1].bind(bytes(32), 2.0)]
     below, above = in_threads(calls)
     check(above, "InternalError", "rank 0 (127.0.0.1:", "answered without this session's secret", within_s=1.0)
     check(below, "CommTimeoutError", "ranks [1]")

@@ -261,7 +261,7 @@ def make(rank: int, nranks: int, timeout_s: float) -> Made:
 
 def construct(machines: list[str], **more: str) -> list[Made]:
     env = [stand_in.environment(machine, **more) for machine in machines]
-    outcomes: list[Outcome] = fresh(len(machines), make, 3.0, env=env)
+    outcomes: list[Outcome] = fresh(len(machines), make, 6.0, env=env)
     assert [(o.error, o.exitcode) for o in outcomes] == [(None, 0)] * len(machines)
     return [o.value for o in outcomes]
 

@@ -140,6 +140,7 @@ class NcclEngine final : public Engine {
   Error cause_error(const Call* call, bool of_the_call_itself = false);
   Error stuck_error() const;
   FailureText failure_text() const;
+  bool find_header(int rank, uint32_t sequence, Header* header) const;
   std::string prefix(Code code, const Call* call) const { return failure_text().prefix(code, call); }
   uint64_t others() const;
   bool failed() const { return plane_->failure() != 0; }

@@ -2,7 +2,9 @@
 // progress, at NCCL and at the control plane, every 100 ms; it makes no call of the CUDA runtime, which could spoil
 // somebody's capture of a graph.
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <thread>
 
 #include "../core/protocol.h"
 #include "../gpu/sticky.h"
@@ -14,6 +16,8 @@ namespace {
 
 // How long an error of NCCL's waits for the control plane to say what is behind it: mostly a peer has died.
 constexpr double kCauseWaitS = 1.0;
+// For headers that complete the text of a mismatch. They have been sent: whoever noticed it had them all.
+constexpr double kRestS = 0.5;
 
 }  // namespace
 
@@ -87,9 +91,19 @@ FailureText NcclEngine::failure_text() const {
   for (const Peer& p : peers_) text.pids.push_back(p.pid), text.hosts.push_back(p.host);
   text.sequence = sequence_;
   text.uncounted = uncounted_;
-  text.header = [this](int rank, uint32_t sequence, Header* header) { return ledger_->header(rank, sequence, header); };
+  text.header = [this](int rank, uint32_t sequence, Header* header) { return find_header(rank, sequence, header); };
   text.last_sequence = [this](int rank) { return ledger_->last_sequence(rank); };
   return text;
+}
+
+// The control plane may tell of a mismatch before the last of the headers has come.
+bool NcclEngine::find_header(int rank, uint32_t sequence, Header* header) const {
+  for (const auto until = after(kRestS); !ledger_->header(rank, sequence, header);) {
+    if (Clock::now() > until) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    ledger_->poll();
+  }
+  return true;
 }
 
 Error NcclEngine::cause_error(const Call* call, bool of_the_call_itself) {

@@ -111,7 +111,7 @@ void test_a_stopped_arbiter_is_passed_over() {
       const double levels = stopped == 1 ? 1 : 3;  // who passes on, and who has been asked, each wait for the next
       CHECK(f.rank == 3 && f.sequence == 5);
       CHECK(seconds_since(start) >= ControlPlane::kDecideS);
-      CHECK(seconds_since(start) < levels * (ControlPlane::kDecideS + 0.1) + 0.5 + ControlPlane::kGatherS);
+      CHECK(seconds_since(start) < levels * (ControlPlane::kDecideS + 0.1) + 1 + ControlPlane::kGatherS);
       // Going on after all, they find the decision behind the question.
       for (int r = 0; r < 2; ++r)
         if (stopped >> r & 1) group.wake(r);
@@ -204,9 +204,11 @@ void test_who_has_said_goodbye_does_not_decide() {
     CHECK(say(group.control(0, r), &goodbye, sizeof goodbye));
     for (int i = 0; i < 1000 && load_acquire(&group[r].page().closed[0]) == 0; ++i) std::this_thread::sleep_for(1ms);
   }
-  const auto start = Clock::now();
   group[2].propose({Cause::aborted, 2, 0, Field::none, 9}, 0);
-  CHECK(group.cause().cause == Cause::aborted && seconds_since(start) < ControlPlane::kDecideS);
+  CHECK(group.cause().cause == Cause::aborted);
+  for (int r = 1; r < 3; ++r)
+    for (ControlFrame heard{}; ::recv(group.control(0, r), &heard, sizeof heard, MSG_DONTWAIT) == sizeof heard;)
+      CHECK(heard.kind != Kind::propose);
 }
 
 void test_the_reason_of_an_abort_travels_and_is_cut() {

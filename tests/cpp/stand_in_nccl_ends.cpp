@@ -265,8 +265,11 @@ void test_abort_of_what_a_graph_holds() {
   with_ranks(2, true, [](Rank& r) {
     Memory<int> x(8, r.rank);
     Graph graph(r, [&] { DONE(api().AllReduce(x, x, 8, DataType::int32, RedOp::sum, r.comm, r.stream)); });
-    if (r.rank == 0)
+    const int64_t groups = counted("groups", 0);
+    if (r.rank == 0) {
       for (int i = 0; i < 2; ++i) OK(cudaGraphLaunch(graph.exec, r.stream));
+      CHECK(eventually([&] { return counted("groups", 0) > groups; }));  // the first one runs, and waits for rank 1
+    }
     a_while();
     CHECK(r.idle() == (r.rank == 1));
     std::thread aborts([&] { r.abort(); });

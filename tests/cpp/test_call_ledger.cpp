@@ -278,7 +278,7 @@ void test_who_says_more_than_a_rank_may_is_not_heard() {
     const Header header = marked(call, 0);
     CHECK(say(group.socket(0, 1), &header, 64));
   }
-  CHECK(eventually([&] { return group.ledger(1).last_sequence(0) >= kAhead + 2; }) && group[1].heard_all(1));
+  CHECK(eventually([&] { return group.ledger(1).last_sequence(0) >= kAhead + 2 && group[1].heard_all(1); }));
   std::this_thread::sleep_for(20ms);
   group.ledger(1).poll();
   CHECK(group.ledger(1).last_sequence(0) == kAhead + 2 && group[1].failed() == 0);
@@ -345,6 +345,7 @@ void test_close_in_the_middle_of_traffic() {
         }
       });
     }
+    if (repeat == 0) CHECK(eventually([&] { return group.ledger(0).agreed() > 0; }));
     std::this_thread::sleep_for(std::chrono::microseconds(repeat % 8 * 300));
     std::thread closing([&] { group[1].close(); });
     group[repeat % 2].close();  // another one, or the same at once

@@ -70,7 +70,7 @@ void test_an_unserved_codec_leaves_the_communicator_usable() {
 }
 
 void test_a_rank_that_never_calls_is_named() {
-  Group group(3, 0.3);
+  Group group(3, kShortS);
   group.all([&](int r) {
     if (r == 2) return;
     Data d(5, r);
@@ -90,7 +90,7 @@ void test_a_rank_finds_the_cause_though_all_others_are_silent() {
   CarriedEngine engine(kMe, {carried::kScratch}, std::vector<CarriedPeer>(kRanks, {getpid(), ""}),
                        std::make_unique<ControlPlane>(kMe, std::move(mesh[kMe])), board.carrier(kMe), isa("portable"),
                        "threads");
-  const Error error = error_of([&] { engine.verify(0.1, "abcd"); }, (2 + 0.4 * kRanks) * kSlow);
+  const Error error = error_of([&] { engine.verify(0.1, "abcd"); }, (4 + 0.6 * kRanks) * kSlow);
   CHECK(is(error, Code::timeout) && error.waiting_for.size() == kRanks - 1);
   CHECK(board.aborted(kMe) && board.exchanges(kMe) == 0);
 }
@@ -115,7 +115,7 @@ void test_a_peer_that_closes_early_is_lost() {
 
 // Rank 2 has all it needs, the others wait for what it has sent.
 void test_a_message_that_does_not_come_is_a_timeout() {
-  Group group(Shape{3, 0.4, 1, 7});  // nobody but the engine aborts carriers
+  Group group(Shape{3, kShortS, 1, 7});  // nobody but the engine aborts carriers
   group.board.lose(2);
   group.all([&](int r) {
     Data d(100, r);
@@ -134,7 +134,7 @@ void test_a_message_that_does_not_come_is_a_timeout() {
 // Nobody knows who is to blame in the middle of a call: ranks that wait for each other are late as well.
 void test_lost_messages_end_every_algorithm_on_all_ranks() {
   for (const Algorithm algorithm : kAlgorithms) {
-    Group group(3, 0.3);
+    Group group(3, kShortS);
     group.board.lose(1);
     std::atomic<int> timeouts{0};
     group.all([&](int r) {

@@ -329,6 +329,7 @@ void test_close_ends_what_is_in_flight() {
   CHECK(seconds_since(start) < kLongS);
   CHECK(says(mine.error(), Code::aborted, {"rank 0 gave up", "closed while operations were in flight"}));
   CHECK(says(error_of([&] { mine.start(); }), Code::aborted, {"has been closed"}));
+  CHECK(eventually([&] { return failed(group, 1); }));
   Flight theirs(group, 1, kCoded);
   CHECK(says(error_of([&] { theirs.start(); }), Code::aborted, {"rank 0 gave up"}) && theirs.untouched());
 }
@@ -584,12 +585,15 @@ void test_replays_after_a_failure_end_with_nans() {
 void test_a_replay_that_waits_times_out() {
   Group group(Shape{2, kShortS});
   if (!group.joined()) return;
+  std::barrier<> both(2);
   group.all([&](int r) {
     Flight flight(group, r, kCoded);
     const cudaGraphExec_t graph =
         captured(flight.stream, [&] { run_on(flight.queue, flight.data.call, flight.stream); });
+    both.arrive_and_wait();
     OK(cudaGraphLaunch(graph, flight.stream));
     CHECK(flight.stream.done() && flight.data.all(3));
+    both.arrive_and_wait();
     if (r == 0) {
       OK(cudaGraphLaunch(graph, flight.stream));
       CHECK(flight.stream.done() && flight.data.all_nan());

@@ -171,19 +171,22 @@ void test_memory_that_is_too_small_is_refused() {
 // Rank `missing` does not call; the others of its host, and those of the other, wait in vain.
 void test_a_missing_rank_is_named_by_all(int missing) {
   Shape shape = shape_of(kHosts[0]);
-  shape.timeout_s = 0.5 * thread_ranks::kSlow;
+  shape.timeout_s = 2 * thread_ranks::kSlow;  // of each of some forty groups of NCCL calls
   Group group(shape);
   if (!group.joined()) return;
   group.all([&](int r) {
     if (r == missing) return;
-    OnDevice<> d(50'000, r, group.device_of(r));
+    OnDevice<> d(5'000, r, group.device_of(r));
     d.call.algorithm = Algorithm::two_level;
     const StreamOf stream(group.device_of(r));
-    const auto pending = group.queue(r).enqueue(d.call, stream.number());
-    CHECK(pending->synchronize(kLongS, {}));
-    const Error error = error_of(*pending);
+    std::shared_ptr<Pending> pending;
+    const Error error = error_of([&] {
+      pending = group.queue(r).enqueue(d.call, stream.number());
+      CHECK(pending->synchronize(kLongS, {}));
+      if (const auto failure = pending->error()) std::rethrow_exception(failure);
+    });
     CHECK(says(error, Code::timeout, {"rank " + std::to_string(missing)}));
-    CHECK(d.x[0] != d.x[0]);  // NaN: nobody takes it for a sum
+    CHECK(d.x[0] != d.x[0] || (!pending && d.all(float(r + 1))));  // NaN: nobody takes it for a sum
   });
 }
 

@@ -131,20 +131,21 @@ void test_an_abort_ends_all_channels() {
 
 // Rank 1 stops in the middle of a ring: rank 3 waits for rank 2, who is innocent.
 void test_a_ring_names_the_rank_that_stopped() {
-  const Group group(4, 0.5);
+  const Group group(4, kShortS);
   std::atomic<int> blamed{0};
-  std::atomic<bool> stop{false};
+  std::atomic<bool> asked{false}, stop{false};
   group.all([&](int r) {
     Data d(200000, r);
     d.call.algorithm = Algorithm::ring;
     // Asked only while rank 1 waits: it then holds its call up until the others have given up.
     if (r == 1)
       d.call.interrupted = [&] {
+        asked = true;
         while (!stop) std::this_thread::sleep_for(1ms);
         return false;
       };
-    if (r == 0) std::this_thread::sleep_for(150ms);  // so that rank 1 waits, and naps
-    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); });
+    while (r == 0 && !asked) std::this_thread::sleep_for(1ms);
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 4 * kShortS);
     if (error.code == Code::timeout) {
       CHECK(error.waiting_for == std::vector<int>{1});
       ++blamed;
@@ -167,12 +168,12 @@ void test_channels_find_a_mismatch_in_time() {
 // ---- faults ------------------------------------------------------------------------------------------------------
 
 void test_a_rank_that_never_calls_is_named() {
-  const Group group(3, 0.3);
+  const Group group(3, kShortS);
   std::atomic<int> timeouts{0};
   group.all([&](int r) {
     if (r == 2) return;
     Data d(5, r);
-    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 3);
+    const Error error = error_of([&] { group.rank[size_t(r)]->run(d.call); }, 2 * kShortS);
     CHECK(is(error, Code::timeout) && says(error, "rank 2 (pid ") && says(error, "last seq 0"));
     CHECK(error.waiting_for == std::vector<int>{2});
     CHECK(d.all(float(r + 1)));

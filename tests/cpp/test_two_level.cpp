@@ -85,7 +85,7 @@ void test_other_engines_refuse_two_levels() {
 // Rank `missing` does not come to its second call; the others of its host, and those of the other, wait in vain.
 void test_a_missing_rank_is_named_by_all(int missing) {
   carried::Shape shape = shape_of(kHosts[0], 1, false);
-  shape.timeout_s = 0.5 * kSlow;
+  shape.timeout_s = kShortS;
   Group group(shape);
   group.all([&](int r) {
     Data d(50'000, r);
@@ -99,7 +99,7 @@ void test_a_missing_rank_is_named_by_all(int missing) {
 // What rank 1 sends to its peer on the other host is lost. Its peer waits for it, and each one's neighbour for them.
 void test_a_silent_line_ends_the_call_on_all_ranks() {
   carried::Shape shape = shape_of(kHosts[0], 0, false);
-  shape.timeout_s = 0.5 * kSlow;
+  shape.timeout_s = kShortS;
   Group group(shape);
   group.board.lose(1);
   group.all([&](int r) {

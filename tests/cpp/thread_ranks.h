@@ -21,7 +21,8 @@ constexpr int kSlow = 4;  // times as long, or as few
 #else
 constexpr int kSlow = 1;
 #endif
-inline double patience_s = 30;  // for what should take milliseconds
+constexpr double kShortS = kSlow == 1 ? 1.5 : 3;  // of calls that are to time out; what comes before has no more
+inline double patience_s = 30;                    // for what should take milliseconds
 
 inline double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
