@@ -26,7 +26,7 @@ from test_ddp_recover import fail_and_recover, go_on_poisoned
 from test_faults_construction import construct_crosswise
 from test_faults_mismatch import FAULTS, Ask, disagree, mismatch_then_again
 from test_faults_peers import come_late, leave
-from test_faults_process import end_with_work, interrupt_call, interrupt_construction, interrupt_wait, own_store
+from test_faults_process import end_with_work, interrupt_call, interrupt_construction, interrupt_wait, own_store, soon
 
 import dpcomm
 
@@ -76,6 +76,14 @@ def after(ready: Sequence[Path], *acts: tuple[float, Callable[[], None]]) -> Ite
 
 def say_ready(folder: str, rank: int) -> None:
     Path(folder, f"ready{rank}").touch()
+
+
+def stop_until_cut(folder: str, rank: int) -> None:
+    """Says that this rank is ready, and returns when the file `cut` is there; in vain for 20 s, where it goes on."""
+    say_ready(folder, rank)
+    until = time.monotonic() + 20.0
+    while not Path(folder, "cut").exists() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -347,9 +355,7 @@ def test_49_a_host_that_never_comes(net: Hosts) -> None:
 
 
 def construct_while_cut(rank: int, nranks: int, folder: str) -> Caught:
-    say_ready(folder, rank)
-    while not Path(folder, "cut").exists():
-        time.sleep(0.01)
+    stop_until_cut(folder, rank)
     return catch(gloo, rank=rank, nranks=nranks, store=own_store(f"cut-{os.getppid()}"), timeout_s=1.0)
 
 
@@ -380,22 +386,16 @@ def test_51_communicators_between_hosts_made_in_another_order(net: Hosts) -> Non
 
 
 def test_30_ctrl_c_ends_a_call_between_hosts_and_poisons(net: Hosts) -> None:
-    (name, seconds), peer = across(net, 0, 1).run(interrupt_call)
-    assert name == "KeyboardInterrupt"
-    assert seconds < 1.0
+    _, peer = soon(lambda _: across(net, 0, 1).run(interrupt_call))
     check(peer, "AbortedError", "rank 0 gave up at seq 1: interrupted", within_s=GRACE_S)
 
 
 def test_30_ctrl_c_ends_a_wait_between_hosts_but_not_the_call(net: Hosts) -> None:
-    (name, seconds), _ = across(net, 0, 1).run(interrupt_wait)
-    assert name == "KeyboardInterrupt"
-    assert seconds < 1.0
+    soon(lambda _: across(net, 0, 1).run(interrupt_wait))
 
 
 def test_30_ctrl_c_ends_a_construction_between_hosts(net: Hosts) -> None:
-    (name, seconds), peer = across(net, 0, 1).run(interrupt_construction)
-    assert name == "KeyboardInterrupt"
-    assert seconds < 1.0
+    _, peer = soon(lambda attempt: across(net, 0, 1).run(interrupt_construction, attempt))
     check(peer, "AbortedError", "KeyboardInterrupt", within_s=GRACE_S)
 
 

@@ -48,6 +48,19 @@ def interrupt_after(delay_s: float) -> list[float]:
     return sent
 
 
+def soon(run: Callable[[int], list[Any]], within_s: float = 0.4) -> list[Any]:
+    """The ranks' results of a run, called with 0, 1, ..., in which a Ctrl-C ended rank 0's wait in that time: a busy
+    machine has five tries. 0.2 s where nothing else runs."""
+    for attempt in range(5):
+        results = run(attempt)
+        name, seconds = results[0]
+        assert name == "KeyboardInterrupt"
+        if seconds < within_s:
+            break
+    assert seconds < within_s
+    return results
+
+
 def interrupt_call(rank: int, nranks: int) -> tuple[str, float] | Caught:
     with dpcomm.Communicator(timeout_s=20.0) as comm:
         x = torch.full((1000,), 3.0)
@@ -63,9 +76,7 @@ def interrupt_call(rank: int, nranks: int) -> tuple[str, float] | Caught:
 
 
 def test_30_ctrl_c_ends_a_call_and_poisons(pool: Pools) -> None:
-    (name, seconds), peer = pool(2).run(interrupt_call)
-    assert name == "KeyboardInterrupt"
-    assert seconds < 1.0  # 0.2 where nothing else runs
+    _, peer = soon(lambda _: pool(2).run(interrupt_call))
     check(peer, "AbortedError", "rank 0 gave up at seq 1: interrupted", within_s=GRACE_S)
 
 
@@ -86,14 +97,12 @@ def interrupt_wait(rank: int, nranks: int) -> tuple[str, float] | None:
 
 
 def test_30_ctrl_c_ends_a_wait_but_not_the_call(pool: Pools) -> None:
-    (name, seconds), _ = pool(2).run(interrupt_wait)
-    assert name == "KeyboardInterrupt"
-    assert seconds < 1.0
+    soon(lambda _: pool(2).run(interrupt_wait))
 
 
-def interrupt_construction(rank: int, nranks: int) -> tuple[str, float] | Caught:
+def interrupt_construction(rank: int, nranks: int, attempt: int) -> tuple[str, float] | Caught:
     """Rank 0 waits for rank 1 to come; whoever comes after the Ctrl-C learns of it at once."""
-    store = own_store(f"interrupted-{os.getppid()}")
+    store = own_store(f"interrupted-{os.getppid()}-{attempt}")
     if rank == 1:
         dist.barrier()
         return catch(dpcomm.Communicator, rank=1, nranks=2, store=store, timeout_s=20.0)
@@ -104,9 +113,7 @@ def interrupt_construction(rank: int, nranks: int) -> tuple[str, float] | Caught
 
 
 def test_30_ctrl_c_ends_a_construction(pool: Pools) -> None:
-    (name, seconds), peer = pool(2).run(interrupt_construction)
-    assert name == "KeyboardInterrupt"
-    assert seconds < 1.0
+    _, peer = soon(lambda attempt: pool(2).run(interrupt_construction, attempt))
     check(peer, "AbortedError", "KeyboardInterrupt", within_s=GRACE_S)
 
 

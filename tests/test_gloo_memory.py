@@ -202,8 +202,9 @@ def drop(rank: int, nranks: int, in_carrier: bool) -> tuple[list[bool], float]:
     comm = dpcomm.Communicator(engine="gloo", timeout_s=10.0)
     dropped, x = weakref.ref(comm), torch.full((1 << 20,), rank + 1.0)
     tensor = weakref.ref(x)
-    if rank == 1:  # calls when rank 0's call has begun, and keeps everything
-        time.sleep(2.0)
+    if rank == 1:  # calls when rank 0's call has begun and is held by nobody else, and keeps everything
+        dist.barrier()
+        time.sleep(0.5)
         comm.allreduce(x)
         result = float(x[0])
         dist.barrier()
@@ -213,6 +214,7 @@ def drop(rank: int, nranks: int, in_carrier: bool) -> tuple[list[bool], float]:
     summed = torch.empty(0).set_(x.untyped_storage())  # unlike a view it does not hold the tensor itself
     comm.allreduce(x, async_op=True)
     del comm, x
+    dist.barrier()
     if not in_carrier:
         gc.collect()  # waits for the call
         assert dropped() is None

@@ -30,7 +30,7 @@ from networks import NAMES, Hosts, across, network
 from ranks import Pool
 from test_allreduce_processes import run_async, run_cases
 from test_ddp import train, train_beside_stock
-from test_faults_network import after
+from test_faults_network import after, stop_until_cut
 
 import dpcomm
 from dpcomm import carriers
@@ -267,10 +267,8 @@ def construct_and_be_cut(rank: int, nranks: int, folder: str, moment: str) -> Ca
     own = dist.TCPStore(default.host, default.port, is_master=False)  # type: ignore[attr-defined]
 
     def stop() -> None:
-        Path(folder, f"ready{rank}").touch()
-        until = time.monotonic() + LIMIT_S
-        while rank == 1 and not Path(folder, "cut").exists() and time.monotonic() < until:
-            time.sleep(0.01)
+        if rank == 1:
+            stop_until_cut(folder, rank)
 
     publish, groups, connect = Rendezvous._publish, carriers.gloo_groups, carriers.GlooCarrier.connect
 

@@ -224,6 +224,10 @@ def test_a_lower_rank_that_ends_is_lost(when: str) -> None:
 
 def test_ctrl_c_ends_bind_within_100_ms() -> None:
     """The signal comes to another thread, so that it does not end the wait itself."""
+    assert any(seconds_of_ctrl_c() < 0.1 + 0.2 for _ in range(5))  # the machine may be busy
+
+
+def seconds_of_ctrl_c() -> float:
     meeting = met_alone(2)
     raised: list[float] = []
 
@@ -235,8 +239,9 @@ def test_ctrl_c_ends_bind_within_100_ms() -> None:
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         meeting.bind(SECRET, PATIENCE_S)
-    assert time.monotonic() - raised[0] < 0.1 + 0.9  # the machine may be busy
+    took = time.monotonic() - raised[0]
     timer.join()
+    return took
 
 
 def test_a_failed_bind_leaves_nothing_open_while_its_error_is_held() -> None:

@@ -45,6 +45,8 @@ class ControlPlane {
   // How long the arbiter has for an answer, and how long it hears of other time-outs before it decides on one. In ticks
   // of the watchdog (100 ms), which come on top.
   static constexpr double kDecideS = 0.4, kGatherS = 0.12;
+  // For headers that complete the text of a mismatch. They have been sent: whoever noticed it had them all.
+  static constexpr double kRestS = 0.5;
 
   // Waits until the first cause is decided. False when there is none after timeout_s, or when the plane is closed.
   bool wait_failed(double timeout_s);

@@ -19,8 +19,6 @@ constexpr double kSpinS = 50e-6;
 constexpr double kLookS = 0.1;
 // A death shows on the control socket too, with the reason if there is one: it has this long to.
 constexpr double kLostS = 1.0;
-// For headers that complete the text of a mismatch. They have been sent: whoever noticed it had them all.
-constexpr double kRestS = 0.5;
 
 }  // namespace
 

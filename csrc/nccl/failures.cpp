@@ -16,8 +16,6 @@ namespace {
 
 // How long an error of NCCL's waits for the control plane to say what is behind it: mostly a peer has died.
 constexpr double kCauseWaitS = 1.0;
-// For headers that complete the text of a mismatch. They have been sent: whoever noticed it had them all.
-constexpr double kRestS = 0.5;
 
 }  // namespace
 
@@ -98,7 +96,7 @@ FailureText NcclEngine::failure_text() const {
 
 // The control plane may tell of a mismatch before the last of the headers has come.
 bool NcclEngine::find_header(int rank, uint32_t sequence, Header* header) const {
-  for (const auto until = after(kRestS); !ledger_->header(rank, sequence, header);) {
+  for (const auto until = after(ControlPlane::kRestS); !ledger_->header(rank, sequence, header);) {
     if (Clock::now() > until) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
     ledger_->poll();
